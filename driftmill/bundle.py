@@ -1,0 +1,277 @@
+"""The bundle: a trained model as a folder that everything after training reads.
+
+| file | what |
+|---|---|
+| `manifest.json` | version, sha256 of every other file, contract, data, code, packages, metrics |
+| `model.onnx` | the model, with its preprocessing inside |
+| `schema.json` | its `Signature` |
+| `reference.parquet` | rows that the monitor compares with, and the model's output on them |
+| `examples.json` | inputs with expected outputs: loading replays them |
+| `report.html` | how it was judged (added by the gate) |
+
+The version is the digest of model, schema, reference and examples: the same training gives the
+same version. Nothing in a bundle is executed when it is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import tempfile
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from driftmill import features
+from driftmill.contract import Contract
+from driftmill.features import Signature
+from driftmill.serving.session import Session
+from driftmill.store import Store, sha256, write_atomic
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MANIFEST = "manifest.json"
+#: The files that make the version.
+CORE = ("model.onnx", "schema.json", "reference.parquet", "examples.json")
+#: Columns of `reference.parquet` beside inputs and target: the model's answer (label or number),
+#: and for a classification its confidence.
+PREDICTION, SCORE = "_prediction", "_score"
+#: Outputs of the same model on another machine may differ by this much.
+TOLERANCE = 1e-4
+
+
+class BundleError(ValueError):
+    """A bundle that must not be used; the message says why."""
+
+
+class Manifest(BaseModel):
+    """What a bundle says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = 1
+    model: str
+    version: str
+    """12 hexadecimal digits, from the content."""
+    created: datetime
+    files: dict[str, str]
+    """sha256 of every file but this one."""
+    contract: Contract
+    family: str
+    """Which candidate it is."""
+    params: dict[str, Any]
+    """Its hyper-parameters."""
+    data: dict[str, Any]
+    """Fingerprint, row counts and time range of what it learnt from (`DatasetInfo`)."""
+    metrics: dict[str, float] = {}
+    """Metrics on the test rows."""
+    code_version: str
+    environment: dict[str, str]
+    """Versions of Python and of the packages that trained it."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that has been verified and loaded."""
+
+    folder: Path
+    manifest: Manifest
+    signature: Signature
+    session: Session
+
+    @property
+    def version(self) -> str:
+        """The version, 12 hexadecimal digits."""
+        return self.manifest.version
+
+    @cached_property
+    def reference(self) -> pd.DataFrame:
+        """The rows that the monitor compares with."""
+        import pandas as pd
+
+        return pd.read_parquet(self.folder / "reference.parquet")
+
+    def predict(self, frame: pd.DataFrame) -> np.ndarray:
+        """Predict a table: (rows, labels) probabilities or (rows,) numbers."""
+        return self.session.run(*features.arrays(frame, self.signature))
+
+
+def key(model: str, version: str) -> str:
+    """Where a bundle lies in the store."""
+    return f"{model}/bundles/{version}"
+
+
+def write(
+    folder: Path,
+    *,
+    contract: Contract,
+    signature: Signature,
+    model: Path,
+    reference: pd.DataFrame,
+    examples: pd.DataFrame,
+    family: str,
+    params: dict[str, Any],
+    data: dict[str, Any],
+) -> Manifest:
+    """Write a bundle into an empty folder.
+
+    Args:
+        folder: where to; created.
+        contract: what asked for the model.
+        signature: what the model takes and gives.
+        model: the `.onnx` file.
+        reference: rows (inputs and target) for the monitor; the model's output on them is added.
+        examples: a few rows whose outputs are replayed at every load.
+        family: which candidate it is.
+        params: its hyper-parameters.
+        data: what it learnt from.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.onnx").write_bytes(model.read_bytes())
+    session = Session(folder / "model.onnx")
+    (folder / "schema.json").write_text(signature.model_dump_json(indent=1))
+
+    output = session.run(*features.arrays(reference, signature))
+    answered = reference.assign(**answers(output, signature))
+    answered.to_parquet(folder / "reference.parquet", index=False)
+
+    numeric, categorical = features.arrays(examples, signature)
+    replay = {
+        "numeric": [[None if np.isnan(v) else float(v) for v in row] for row in numeric],
+        "categorical": categorical.tolist(),
+        "output": session.run(numeric, categorical).tolist(),
+    }
+    (folder / "examples.json").write_text(json.dumps(replay))
+    return _write_manifest(
+        folder,
+        model=contract.model,
+        created=datetime.now(UTC),
+        contract=contract,
+        family=family,
+        params=params,
+        data=data,
+        code_version=code_version(),
+        environment=_environment(),
+    )
+
+
+def add(folder: Path, name: str, content: bytes, metrics: dict[str, float]) -> Manifest:
+    """Add a file and metrics to a bundle; the version stays, as its core files do."""
+    manifest = read_manifest(folder)
+    (folder / name).write_bytes(content)
+    return _write_manifest(folder, **{**dict(manifest), "metrics": {**manifest.metrics, **metrics}})
+
+
+def answers(output: np.ndarray, signature: Signature) -> dict[str, np.ndarray]:
+    """A model's output as the columns `_prediction` and, for a classification, `_score`: the
+    probability of the last label where there are two, of the chosen one where there are more."""
+    if signature.task == "regression":
+        return {PREDICTION: output.astype(np.float64)}
+    chosen = output.argmax(axis=1)
+    score = output[:, 1] if output.shape[1] == 2 else output[np.arange(len(output)), chosen]
+    return {
+        PREDICTION: np.asarray(signature.labels, dtype=object)[chosen],
+        SCORE: score.astype(np.float64),
+    }
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest alone, unverified. Raises BundleError."""
+    try:
+        return Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from None
+    except ValidationError as error:
+        raise BundleError(f"{folder / MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
+
+
+def verify(folder: Path) -> Manifest:
+    """Check that a bundle is complete and unchanged. Raises BundleError with the reason."""
+    manifest = read_manifest(folder)
+    if missing := [name for name in CORE if name not in manifest.files]:
+        raise BundleError(f"{folder}: the manifest does not name {', '.join(missing)}")
+    for name, digest in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name:
+            raise BundleError(f"{folder}: {name!r} is not a plain file name")
+        if not path.is_file():
+            raise BundleError(f"{folder}: {name} is missing")
+        if sha256(path) != digest:
+            raise BundleError(f"{folder}: {name} is not the file that the manifest names (sha256)")
+    extra = {p.name for p in folder.iterdir()} - set(manifest.files) - {MANIFEST}
+    if extra:
+        raise BundleError(f"{folder}: {', '.join(sorted(extra))} is not in the manifest")
+    if _version(manifest.files) != manifest.version:
+        raise BundleError(f"{folder}: the version {manifest.version} does not fit the files")
+    return manifest
+
+
+def load(folder: Path, model: str | None = None) -> Bundle:
+    """Verify a bundle, load its model and replay its examples.
+
+    Args:
+        folder: the bundle.
+        model: whose it must be; None takes any.
+
+    Raises:
+        BundleError: it is damaged, foreign, cannot be loaded, or answers its examples otherwise.
+    """
+    manifest = verify(folder)
+    if model is not None and manifest.model != model:
+        raise BundleError(f"{folder} is a bundle of {manifest.model!r}, not of {model!r}")
+    try:
+        signature = Signature.model_validate_json((folder / "schema.json").read_bytes())
+        session = Session(folder / "model.onnx")
+        replay = json.loads((folder / "examples.json").read_bytes())
+        rows = len(replay["output"])
+        numeric = np.array(replay["numeric"], dtype=np.float32).reshape(rows, -1)
+        categorical = np.array(replay["categorical"], dtype=object).reshape(rows, -1)
+        output = session.run(numeric, categorical)
+    # ONNX Runtime raises classes of its own that derive from RuntimeError or from Exception only.
+    except Exception as error:
+        raise BundleError(f"{folder} cannot be loaded: {error}") from error
+    expected = np.array(replay["output"], dtype=np.float32)
+    if output.shape != expected.shape or not np.allclose(
+        output, expected, rtol=TOLERANCE, atol=TOLERANCE
+    ):
+        raise BundleError(f"{folder}: the model does not answer its examples as it did in training")
+    return Bundle(folder, manifest, signature, session)
+
+
+def fetch(store: Store, model: str, version: str, cache: Path | None = None) -> Bundle:
+    """Load a version from the store. Raises BundleError, also where it is not there."""
+    into = cache or Path(tempfile.gettempdir()) / "driftmill-bundles"
+    try:
+        folder = store.get_folder(key(model, version), into)
+    except FileNotFoundError:
+        raise BundleError(f"{model} has no version {version} in {store.uri}") from None
+    return load(folder, model)
+
+
+def code_version() -> str:
+    """The version of Driftmill that runs."""
+    return installed_version("driftmill")
+
+
+def _version(files: dict[str, str]) -> str:
+    return hashlib.sha256("".join(files[name] for name in CORE).encode()).hexdigest()[:12]
+
+
+def _write_manifest(folder: Path, **values: Any) -> Manifest:
+    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+    manifest = Manifest(**{**values, "files": files, "version": _version(files)})
+    write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
+    return manifest
+
+
+def _environment() -> dict[str, str]:
+    packages = ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "numpy")
+    return {"python": platform.python_version()} | {p: installed_version(p) for p in packages}

@@ -1,0 +1,800 @@
+"""The contract: the one file in which a user says what a model needs.
+
+Every setting of Driftmill is defined here and nowhere else. The models are frozen and forbid
+unknown keys; `load` turns a mistake into a `ContractError` that names file, line, field, what was
+expected and, for a typo, the nearest valid word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from croniter import croniter
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
+
+API_VERSION = "driftmill/v1"
+
+Task = Literal["classification", "regression"]
+Family = Literal["linear", "random-forest", "hist-gradient-boosting"]
+MetricName = Literal["auc", "accuracy", "f1", "log_loss", "brier", "rmse", "rmsle", "mae", "r2"]
+Direction = Literal["maximize", "minimize"]
+
+#: Which way is better, and for which task a metric is defined.
+METRICS: dict[str, tuple[Direction, Task]] = {
+    "auc": ("maximize", "classification"),
+    "accuracy": ("maximize", "classification"),
+    "f1": ("maximize", "classification"),
+    "log_loss": ("minimize", "classification"),
+    "brier": ("minimize", "classification"),
+    "rmse": ("minimize", "regression"),
+    "rmsle": ("minimize", "regression"),
+    "mae": ("minimize", "regression"),
+    "r2": ("maximize", "regression"),
+}
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d|w))+")
+
+
+def parse_duration(value: object) -> object:
+    """Seconds from `90`, `"90s"`, `"5m"`, `"1h30m"` or `"2d"`; the rest is left to Pydantic."""
+    if isinstance(value, str):
+        text = value.replace(" ", "")
+        if not _DURATION.fullmatch(text):
+            raise ValueError("expected a duration such as 30s, 5m, 1h30m or 2d")
+        return sum(
+            float(n) * _UNITS[unit]
+            for n, unit in re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d|w)", text)
+        )
+    return value
+
+
+def _as_utc(value: datetime) -> datetime:
+    return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+Seconds = Annotated[
+    float,
+    BeforeValidator(parse_duration),
+    Field(ge=0),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "number", "minimum": 0},
+                {"type": "string", "pattern": r"^(\d+(\.\d+)?(ms|s|m|h|d|w))+$"},
+            ]
+        }
+    ),
+]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Timestamp = Annotated[datetime, AfterValidator(_as_utc)]
+
+
+class Section(BaseModel):
+    """Base of every part of the contract: frozen, no unknown keys, no infinities."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+
+class Csv(Section):
+    """How to read a CSV file."""
+
+    separator: str = Field(",", min_length=1, max_length=1)
+    """The character between two fields."""
+    header: bool = True
+    """Whether the first line holds the column names; if not, give `names`."""
+    names: tuple[str, ...] = ()
+    """Column names, in order, for a file without a header line."""
+    missing: tuple[str, ...] = ("", "NA", "N/A", "NaN", "nan", "null", "?")
+    """Texts that mean: no value."""
+    comment: str | None = Field(None, min_length=1, max_length=1)
+    """Lines from this character on are ignored."""
+
+    @model_validator(mode="after")
+    def _names_without_header(self) -> Csv:
+        if not self.header and not self.names:
+            raise ValueError("a file without a header line needs `names`")
+        return self
+
+
+class Source(Section):
+    """Where rows come from. A plain string is short for `uri` alone."""
+
+    uri: str = Field(min_length=1)
+    """`file:` path (relative to the contract), `https:`, `s3:`, `gs:`, `sklearn:NAME`,
+    `openml:ID`, `kaggle:OWNER/DATASET/FILE` or `sim:NAME?key=value`."""
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
+    """Digest of the file, checked after reading. Needed for `https:`."""
+    dataset: str | None = Field(None, pattern="^[A-Za-z0-9._-]+$")
+    """A folder below `$DRIFTMILL_DATA`; if it holds a file of the same name as the URI's last
+    part, that file is read and nothing is downloaded (the digest is checked all the same)."""
+    format: Literal["auto", "csv", "parquet"] = "auto"
+    """File format; `auto` goes by the file name (`.gz` is unpacked either way)."""
+    csv: Csv = Csv()
+    """How to read a CSV file."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"uri": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _digest_for_https(self) -> Source:
+        if self.uri.startswith("http:"):
+            raise ValueError("http: is not encrypted; use https: with sha256")
+        if self.uri.startswith("https:") and self.sha256 is None:
+            raise ValueError("an https: source needs the file's sha256")
+        return self
+
+
+class Column(Section):
+    """One input of the model."""
+
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_.\- ]*$")
+    """Name in the data and in requests. It may not begin with an underscore."""
+    type: Literal["float", "int", "bool", "category"]
+    """`float`, `int` and `bool` go to the model as numbers, `category` as text."""
+    nullable: bool = False
+    """Whether the value may be missing."""
+    min: float | None = None
+    """Smallest valid number."""
+    max: float | None = None
+    """Largest valid number."""
+    categories: tuple[str, ...] = ()
+    """Valid categories; empty: those seen in training."""
+    unknown: Literal["allow", "reject"] = "allow"
+    """What happens to a category outside the list: `allow` treats it as unknown and counts it,
+    `reject` quarantines the row in training and answers 422 in serving."""
+    aliases: dict[str, str] = {}
+    """Spellings to read as another value, e.g. `{"Male.": "Male"}`."""
+    description: str = ""
+    """For people."""
+
+    @property
+    def is_numeric(self) -> bool:
+        """Whether the model sees this column as a number."""
+        return self.type != "category"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Column:
+        if self.is_numeric and (self.categories or self.aliases):
+            raise ValueError(f"`categories` and `aliases` do not fit type {self.type}")
+        if not self.is_numeric and (self.min is not None or self.max is not None):
+            raise ValueError("`min` and `max` do not fit type category")
+        if self.min is not None and self.max is not None and self.min > self.max:
+            raise ValueError(f"`min` {self.min} is above `max` {self.max}")
+        if self.unknown == "reject" and not self.categories:
+            raise ValueError("`unknown: reject` needs `categories`")
+        return self
+
+
+class Target(Section):
+    """What is predicted. A plain string is short for `name` alone."""
+
+    name: str = Field(min_length=1)
+    """Column of the label."""
+    labels: tuple[str, ...] = ()
+    """Classification: the valid labels, negative first for two of them. Empty: those in the data,
+    sorted."""
+    aliases: dict[str, str] = {}
+    """Spellings to read as another label."""
+    min: float | None = None
+    """Regression: smallest valid value."""
+    max: float | None = None
+    """Regression: largest valid value."""
+    transform: Literal["none", "log1p"] = "none"
+    """Regression: learn log(1 + y) and predict y; for counts and prices."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class Time(Section):
+    """When a row happened. A plain string is short for one column."""
+
+    columns: tuple[str, ...] = Field(min_length=1)
+    """Columns that together give the time; several are joined by a space before parsing."""
+    format: str | None = None
+    """`strptime` format, e.g. `%Y-%m-%d %H`; none: ISO 8601."""
+    until: Timestamp | None = None
+    """Rows before this time are the history that the first model learns from; later ones are the
+    stream that `driftmill replay` sends."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"columns": [value]} if isinstance(value, str) else value
+
+
+class Quarantine(Section):
+    """What happens to rows that break the schema: they are kept aside with the reason."""
+
+    max_fraction: Fraction = 0.05
+    """A run stops when more than this part of the rows is bad."""
+
+
+class Split(Section):
+    """How test rows are set apart: the last ones where there is a time, else stratified."""
+
+    test: float = Field(0.2, gt=0, lt=1)
+    """Part of the rows that is frozen for the gate. Unused where `data.test` names a file."""
+    seed: int = 0
+    """Seed of the stratified split."""
+
+
+class Data(Section):
+    """Where the rows are and what they look like."""
+
+    source: Source
+    """Rows to learn from."""
+    test: Source | None = None
+    """A fixed test set, if there is one."""
+    target: Target
+    """What is predicted."""
+    id: str | None = None
+    """Column that names a row uniquely; duplicates are quarantined."""
+    time: Time | None = None
+    """When a row happened."""
+    columns: tuple[Column, ...] = Field(min_length=1)
+    """The model's inputs. Columns of the source that are not listed are ignored."""
+    quarantine: Quarantine = Quarantine()
+    """What happens to bad rows."""
+    split: Split = Split()
+    """How test rows are set apart."""
+
+    @property
+    def numeric(self) -> tuple[Column, ...]:
+        """Columns that the model sees as numbers, in order."""
+        return tuple(c for c in self.columns if c.is_numeric)
+
+    @property
+    def categorical(self) -> tuple[Column, ...]:
+        """Columns that the model sees as text, in order."""
+        return tuple(c for c in self.columns if not c.is_numeric)
+
+    @model_validator(mode="after")
+    def _names(self) -> Data:
+        names = [c.name for c in self.columns]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise ValueError(f"columns listed twice: {', '.join(twice)}")
+        if self.target.name in names:
+            raise ValueError(f"the target {self.target.name!r} is also listed as an input")
+        if self.id in names:
+            raise ValueError(f"the id {self.id!r} is also listed as an input")
+        return self
+
+
+class Metric(Section):
+    """What a better model is better at. A plain string is short for `name` alone."""
+
+    name: MetricName
+    """Metric that candidates are ranked and gated by."""
+    direction: Direction
+    """Which way is better; filled in from the name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, dict) and value.get("name") in METRICS and "direction" not in value:
+            value = {**value, "direction": METRICS[value["name"]][0]}
+        return value
+
+    @model_validator(mode="after")
+    def _direction(self) -> Metric:
+        if self.direction != METRICS[self.name][0]:
+            raise ValueError(f"{self.name} is a metric to {METRICS[self.name][0]}")
+        return self
+
+    @property
+    def sign(self) -> int:
+        """+1 where higher is better, -1 where lower is."""
+        return 1 if self.direction == "maximize" else -1
+
+
+class Search(Section):
+    """How hyper-parameters are chosen, by cross-validation on the training rows."""
+
+    method: Literal["none", "grid", "random", "halving"] = "random"
+    """`none` takes the defaults; `halving` starts many on few rows and keeps the best."""
+    budget: int = Field(6, ge=1, le=1000)
+    """Settings tried for each family."""
+    folds: int = Field(3, ge=2, le=20)
+    """Cross-validation folds (in order of time where there is one)."""
+
+
+class Toleration(Section):
+    """A Kubernetes toleration of a training step."""
+
+    key: str
+    """Taint key."""
+    operator: Literal["Exists", "Equal"] = "Exists"
+    """How `value` is compared."""
+    value: str | None = None
+    """Taint value, for `Equal`."""
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = "NoSchedule"
+    """Taint effect; null: all."""
+
+
+class Resources(Section):
+    """What a training step asks of its node; unused on a laptop."""
+
+    cpu: str = Field("1", pattern=r"^\d+(\.\d+)?m?$")
+    """CPU cores, as in Kubernetes."""
+    memory: str = Field("2Gi", pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")
+    """Memory, as in Kubernetes."""
+    gpu: int = Field(0, ge=0)
+    """GPUs."""
+    gpu_type: str = "nvidia.com/gpu"
+    """Name of the GPU resource."""
+    node_selector: dict[str, str] = {}
+    """Labels that a node must carry."""
+    tolerations: tuple[Toleration, ...] = ()
+    """Taints that a step tolerates."""
+    spot: bool = False
+    """Whether a step may run on a node that can be taken away."""
+
+
+class Train(Section):
+    """Which models are tried, and how."""
+
+    candidates: tuple[Family, ...] = Field(get_args(Family), min_length=1)
+    """Model families; a dummy is always added as the floor."""
+    search: Search = Search()
+    """How hyper-parameters are chosen."""
+    metric: Metric | None = None
+    """What to rank by; default `auc` (two classes or more) or `rmse`."""
+    rows: int | None = Field(None, ge=50)
+    """Learn from at most this many of the newest rows; null: from all."""
+    seed: int = 0
+    """Seed of everything random; the same seed and data give the same model."""
+    resources: Resources = Resources()
+    """What a step asks of its node."""
+
+
+class Slices(Section):
+    """Groups of rows on which a new model may not be worse."""
+
+    columns: tuple[str, ...] = ()
+    """Input columns whose values make the groups (numbers are cut into quartiles)."""
+    min_rows: int = Field(100, ge=10)
+    """Smaller groups are shown but do not decide."""
+    max_loss: float = Field(0.02, ge=0)
+    """How much worse a group may surely be, in units of the metric."""
+
+
+class Gates(Section):
+    """What a new model must show before it serves."""
+
+    margin: float = Field(0.0, ge=0)
+    """The metric must improve by more than this, in its own units."""
+    confidence: float = Field(0.95, gt=0.5, lt=1)
+    """Confidence of the paired bootstrap interval: its lower end must exceed `margin`."""
+    resamples: int = Field(1000, ge=100, le=100_000)
+    """Bootstrap resamples."""
+    min_test_rows: int = Field(100, ge=10)
+    """With fewer test rows nothing is promoted."""
+    floor: float | None = None
+    """Worst value of the metric that may serve at all."""
+    slices: Slices = Slices()
+    """Groups that are protected."""
+    max_calibration_error: Fraction | None = None
+    """Largest expected calibration error (classification)."""
+    max_latency_ms: float | None = Field(50.0, gt=0)
+    """Largest 99th percentile of the time for one row in the ONNX session."""
+    max_size_mb: float | None = Field(200.0, gt=0)
+    """Largest model file."""
+
+
+class Canary(Section):
+    """How a promoted model takes over."""
+
+    steps: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = ()
+    """Shares of requests, in order, before all; empty: all at once."""
+    hold: Seconds = 60.0
+    """Time at each step."""
+
+    @model_validator(mode="after")
+    def _rising(self) -> Canary:
+        if list(self.steps) != sorted(set(self.steps)):
+            raise ValueError("`steps` must rise, e.g. [0.05, 0.25, 0.5]")
+        return self
+
+
+class Log(Section):
+    """The inference log: every prediction is written before it is answered."""
+
+    on_error: Literal["refuse", "serve"] = "refuse"
+    """When the log cannot be written: `refuse` answers 503, `serve` answers and counts the loss."""
+    rotate_rows: int = Field(20_000, ge=1)
+    """Rows after which the log moves into the store as Parquet."""
+    rotate: Seconds = 2.0
+    """Time after which it moves, if it holds anything."""
+
+
+class Serve(Section):
+    """How the model is served."""
+
+    replicas: int = Field(1, ge=1)
+    """Copies on a cluster."""
+    max_batch_rows: int = Field(1024, ge=1)
+    """Most rows that waiting requests are joined to."""
+    max_records: int = Field(1000, ge=1)
+    """Most records in one request."""
+    max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    """Largest request body; beyond it 413."""
+    poll: Seconds = 1.0
+    """How often the rollout is read."""
+    canary: Canary = Canary()
+    """How a promoted model takes over."""
+    log: Log = Log()
+    """The inference log."""
+
+
+class Monitor(Section):
+    """When the data or the model counts as drifted."""
+
+    window: int = Field(500, ge=50)
+    """Rows in a window."""
+    min_rows: int = Field(100, ge=20)
+    """A column with fewer values in a window is not tested."""
+    false_alarm_rate: float = Field(0.01, gt=0, le=0.2)
+    """False-discovery level of the tests of one window (Benjamini-Hochberg)."""
+    effect: float = Field(0.1, ge=0, le=1)
+    """Smallest change that counts: distance between the distributions, 0 none to 1 all."""
+    persistence: int = Field(2, ge=1, le=20)
+    """Windows in a row that must drift before the alarm."""
+    ignore: tuple[str, ...] = ()
+    """Columns that never alarm."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Weight of a column in the drift score; default 1."""
+    max_quality_loss: float | None = Field(None, ge=0)
+    """Alarm when the metric, on labelled rows, is worse than the champion's on its test rows by
+    more than this; null: no such alarm."""
+    label_delay: Seconds = 0.0
+    """How long labels usually take; rows younger than that are not counted as unlabelled."""
+    report_rows: int = Field(10_000, ge=100, le=10_000)
+    """Most rows of a window that go into its Evidently report."""
+    poll: Seconds = 1.0
+    """How often the log is read."""
+
+
+class Budget(Section):
+    """How often retraining may run."""
+
+    runs: int = Field(10, ge=0)
+    """Runs allowed in `period`."""
+    period: Seconds = 86400.0
+    """Length of the period."""
+
+
+class Retrain(Section):
+    """When an alarm becomes a training run."""
+
+    enabled: bool = True
+    """The kill switch: false starts nothing, and the ledger says so."""
+    dry_run: bool = False
+    """Decide and record, but start nothing."""
+    triggers: tuple[Literal["drift", "quality", "schedule", "manual"], ...] = (
+        "drift",
+        "quality",
+        "schedule",
+        "manual",
+    )
+    """What may start a run."""
+    schedule: str | None = None
+    """Cron expression (five fields, UTC) for runs without an alarm."""
+    min_fresh_rows: int = Field(500, ge=0)
+    """Labelled rows needed since the champion's training data ended."""
+    cooldown: Seconds = 3600.0
+    """Least time between the end of a run and the start of the next."""
+    budget: Budget = Budget()
+    """How often retraining may run."""
+    breaker: int = Field(3, ge=1)
+    """After this many runs in a row without a promotion nothing starts until a person resets it."""
+
+    @model_validator(mode="after")
+    def _cron(self) -> Retrain:
+        if self.schedule is not None and (
+            len(self.schedule.split()) != 5 or not croniter.is_valid(self.schedule)
+        ):
+            raise ValueError(
+                f"{self.schedule!r} is not a cron expression of five fields, e.g. '0 3 * * *'"
+            )
+        return self
+
+
+class Tracking(Section):
+    """Where runs are recorded for people. A plain string is short for `backend` alone."""
+
+    backend: Literal["mlflow", "none"] = "mlflow"
+    """`mlflow` or nothing."""
+    uri: str | None = None
+    """MLflow tracking URI; null: `$MLFLOW_TRACKING_URI`, else a SQLite file beside the store."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_string(cls, value: Any) -> Any:
+        return {"backend": value} if isinstance(value, str) else value
+
+
+class Contract(Section):
+    """All that Driftmill has to know about a model."""
+
+    apiVersion: Literal["driftmill/v1"]  # noqa: N815 (the spelling of Kubernetes)
+    """Version of this format."""
+    model: str = Field(pattern="^[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?$")
+    """Name of the model: lower case, digits, hyphens, at most 40 characters."""
+    owner: str = ""
+    """Who answers for it."""
+    description: str = ""
+    """What it is for."""
+    task: Task
+    """What kind of model it is."""
+    data: Data
+    """Where the rows are and what they look like."""
+    train: Train = Train()
+    """Which models are tried, and how."""
+    gates: Gates = Gates()
+    """What a new model must show before it serves."""
+    serve: Serve = Serve()
+    """How it is served."""
+    monitor: Monitor = Monitor()
+    """When it counts as drifted."""
+    retrain: Retrain = Retrain()
+    """When it is trained again."""
+    tracking: Tracking = Tracking()
+    """Where runs are recorded for people."""
+
+    @property
+    def metric(self) -> Metric:
+        """The metric of the contract, or the default of its task."""
+        if self.train.metric is not None:
+            return self.train.metric
+        return Metric.model_validate("auc" if self.task == "classification" else "rmse")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Contract:
+        if METRICS[self.metric.name][1] != self.task:
+            fitting = ", ".join(n for n, (_, task) in METRICS.items() if task == self.task)
+            raise ValueError(
+                f"train.metric {self.metric.name} is not for {self.task}; choose one of {fitting}"
+            )
+        target = self.data.target
+        if self.task == "classification":
+            if target.min is not None or target.max is not None or target.transform != "none":
+                raise ValueError("data.target: `min`, `max` and `transform` are for regression")
+            if len(target.labels) == 1:
+                raise ValueError("data.target.labels: a classification needs two labels or more")
+        elif target.labels:
+            raise ValueError("data.target.labels is for classification")
+        names = {c.name for c in self.data.columns}
+        for field, listed in (
+            ("gates.slices.columns", self.gates.slices.columns),
+            ("monitor.ignore", self.monitor.ignore),
+            ("monitor.weights", tuple(self.monitor.weights)),
+        ):
+            for name in listed:
+                if name not in names:
+                    raise ValueError(
+                        f"{field}: {name!r} is not a column of data.columns"
+                        + did_you_mean(name, names)
+                    )
+        return self
+
+    def to_json(self) -> str:
+        """The contract as compact JSON with every default filled in; `parse` reads it back."""
+        return self.model_dump_json()
+
+
+class ContractError(ValueError):
+    """A contract that cannot be used. `problems` holds one line for each mistake."""
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+def did_you_mean(word: str, valid: Iterator[str] | set[str] | list[str] | tuple[str, ...]) -> str:
+    """`"; did you mean 'x'?"` for the nearest valid word, or nothing."""
+    near = difflib.get_close_matches(str(word), [str(v) for v in valid], n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def load(path: str | Path) -> Contract:
+    """Read a contract file. A relative `file:` source is resolved against the file's folder.
+
+    Raises:
+        ContractError: it is missing, not YAML, or not a valid contract.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ContractError([f"{path}: no such file"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ContractError([f"{path}: cannot be read: {error}"]) from None
+    return parse(text, name=str(path), folder=path.resolve().parent)
+
+
+def parse(text: str, name: str = "contract", folder: Path | None = None) -> Contract:
+    """Read a contract from YAML (or JSON) text.
+
+    Args:
+        text: the contract.
+        name: what messages call it.
+        folder: base of relative `file:` sources; None leaves them as they are.
+
+    Raises:
+        ContractError: one line for each mistake: `name:line: field: what was expected`.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line + 1 if mark else 1
+        problem = getattr(error, "problem", None) or str(error)
+        raise ContractError([f"{name}:{line}: not valid YAML: {problem}"]) from None
+    except ValueError as error:  # e.g. a date such as 2011-13-01
+        raise ContractError([f"{name}:1: not valid YAML: {error}"]) from None
+    if not isinstance(values, dict):
+        raise ContractError([f"{name}:1: expected a mapping with apiVersion, model, task, data"])
+    assert node is not None
+    problems = [
+        f"{name}:{line}: {field}: this key is given twice" for line, field in _duplicates(node)
+    ]
+    if problems:
+        raise ContractError(problems)
+    if folder is not None:
+        _resolve_files(values, folder)
+    try:
+        return Contract.model_validate(values)
+    except ValidationError as error:
+        found = [
+            (_line(node, p["loc"]), _explain(name, node, dict(p)))
+            for p in error.errors()
+            # A list whose items are wrong is also reported as too short: the items say it better.
+            if p["type"] != "too_short" or not p["input"]
+        ]
+        raise ContractError([text for _, text in sorted(found)]) from None
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (2020-12) of the contract, for editors."""
+    schema = Contract.model_json_schema()
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Driftmill contract",
+        **{k: v for k, v in schema.items() if k != "title"},
+    }
+
+
+def _resolve_files(values: dict[str, Any], folder: Path) -> None:
+    """Make relative `file:` URIs absolute, in place."""
+    data = values.get("data")
+    if not isinstance(data, dict):
+        return
+    for key in ("source", "test"):
+        source = data.get(key)
+        uri = source.get("uri") if isinstance(source, dict) else source
+        if isinstance(uri, str) and uri.startswith("file:") and not uri.startswith("file:/"):
+            absolute = f"file://{(folder / uri.removeprefix('file:')).resolve()}"
+            if isinstance(source, dict):
+                data[key] = {**source, "uri": absolute}
+            else:
+                data[key] = absolute
+
+
+def _duplicates(node: yaml.Node, where: str = "") -> Iterator[tuple[int, str]]:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            field = f"{where}.{key.value}".lstrip(".")
+            if key.value in seen:
+                yield key.start_mark.line + 1, field
+            seen.add(key.value)
+            yield from _duplicates(value, field)
+    elif isinstance(node, yaml.SequenceNode):
+        for i, value in enumerate(node.value):
+            yield from _duplicates(value, f"{where}[{i}]")
+
+
+def _line(node: yaml.Node, loc: tuple[Any, ...]) -> int:
+    """Line of the deepest part of `loc` that stands in the text."""
+    line = node.start_mark.line + 1
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    line, node = key.start_mark.line + 1, value
+                    break
+            else:
+                return line
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int):
+            if part >= len(node.value):
+                return line
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            return line
+    return line
+
+
+def _model_at(loc: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The Pydantic model that a location lies in."""
+    model: type[BaseModel] | None = Contract
+    for part in loc:
+        if isinstance(part, int) or model is None:
+            continue
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return None
+        model = _first_model(field.annotation)
+    return model
+
+
+def _first_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for inner in get_args(annotation):
+        found = _first_model(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _explain(name: str, node: yaml.Node, problem: dict[str, Any]) -> str:
+    loc: tuple[Any, ...] = tuple(problem["loc"])
+    field = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+    given = problem.get("input")
+    match problem["type"]:
+        case "extra_forbidden":
+            model = _model_at(loc[:-1])
+            valid = list(model.model_fields) if model else []
+            text = f"unknown field{did_you_mean(str(loc[-1]), valid)}"
+            if "did you mean" not in text and valid:
+                text += f"; expected one of {', '.join(valid)}"
+        case "missing":
+            text = "this field is needed"
+            model = _model_at(loc[:-1])
+            if model is not None and loc[-1] in model.model_fields:
+                description = model.model_fields[loc[-1]].description or ""
+                text += f": {' '.join(description.split())}" if description else ""
+        case "literal_error":
+            expected = problem["ctx"]["expected"]
+            valid = re.findall(r"'([^']*)'", expected)
+            text = f"expected {expected}, got {given!r}{did_you_mean(str(given), valid)}"
+        case "value_error":
+            text = str(problem["ctx"]["error"])
+        case _:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            shown = json.dumps(given, default=str)
+            text = f"{message}, got {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    return f"{name}:{_line(node, loc)}: {field + ': ' if field else ''}{text}"
