@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MANIFEST = "manifest.json"
+#: Of what is written here; other formats are refused.
+FORMAT = 1
 #: The files that make the version.
 CORE = ("model.onnx", "schema.json", "reference.parquet", "examples.json")
 #: Columns of `reference.parquet` beside inputs and target: the model's answer (label or number),
@@ -57,7 +59,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 1
+    format: int = FORMAT
     model: str
     version: str
     """12 hexadecimal digits, from the content."""
@@ -196,12 +198,18 @@ def read_manifest(folder: Path) -> Manifest:
 def verify(folder: Path) -> Manifest:
     """Check that a bundle is complete and unchanged. Raises BundleError with the reason."""
     manifest = read_manifest(folder)
+    if manifest.format != FORMAT:
+        raise BundleError(
+            f"{folder} has format {manifest.format}; this Driftmill reads format {FORMAT}"
+        )
     if missing := [name for name in CORE if name not in manifest.files]:
         raise BundleError(f"{folder}: the manifest does not name {', '.join(missing)}")
     for name, digest in manifest.files.items():
         path = folder / name
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise BundleError(f"{folder}: {name!r} is not a plain file name")
+        if path.is_symlink():
+            raise BundleError(f"{folder}: {name} is a link; a bundle holds its files itself")
         if not path.is_file():
             raise BundleError(f"{folder}: {name} is missing")
         if sha256(path) != digest:
@@ -231,13 +239,13 @@ def load(folder: Path, model: str | None = None) -> Bundle:
         signature = Signature.model_validate_json((folder / "schema.json").read_bytes())
         session = Session(folder / "model.onnx")
         replay = json.loads((folder / "examples.json").read_bytes())
-        rows = len(replay["output"])
-        numeric = np.array(replay["numeric"], dtype=np.float32).reshape(rows, -1)
-        categorical = np.array(replay["categorical"], dtype=object).reshape(rows, -1)
+        numeric, categorical = _examples(replay, signature)
         output = session.run(numeric, categorical)
     # ONNX Runtime raises classes of its own that derive from RuntimeError or from Exception only.
     except Exception as error:
         raise BundleError(f"{folder} cannot be loaded: {error}") from error
+    if misfit := _misfit(manifest, signature, session, output):
+        raise BundleError(f"{folder}: {misfit}")
     expected = np.array(replay["output"], dtype=np.float32)
     if output.shape != expected.shape or not np.allclose(
         output, expected, rtol=TOLERANCE, atol=TOLERANCE
@@ -253,12 +261,45 @@ def fetch(store: Store, model: str, version: str, cache: Path | None = None) -> 
         folder = store.get_folder(key(model, version), into)
     except FileNotFoundError:
         raise BundleError(f"{model} has no version {version} in {store.uri}") from None
-    return load(folder, model)
+    bundle = load(folder, model)
+    if bundle.version != version:
+        raise BundleError(f"{folder} holds version {bundle.version}, not {version}")
+    return bundle
 
 
 def code_version() -> str:
     """The version of Driftmill that runs."""
     return installed_version("driftmill")
+
+
+def _examples(replay: dict[str, Any], signature: Signature) -> tuple[np.ndarray, np.ndarray]:
+    """The inputs of `examples.json`. Raises ValueError where the schema has other columns."""
+    rows = len(replay["output"])
+    if not rows:
+        raise ValueError("it has no examples to replay")
+    numeric = np.array(replay["numeric"], dtype=np.float32)
+    categorical = np.array(replay["categorical"], dtype=object)
+    for given, names in ((numeric, signature.numeric), (categorical, signature.categorical)):
+        if given.shape != (rows, len(names)):
+            raise ValueError(
+                f"its examples {given.shape} do not fit the schema {(rows, len(names))}"
+            )
+    return numeric, categorical
+
+
+def _misfit(
+    manifest: Manifest, signature: Signature, session: Session, output: np.ndarray
+) -> str | None:
+    """How contract, schema and model contradict each other, if they do."""
+    data = manifest.contract.data
+    asked = (manifest.contract.task, data.target.name, tuple(c.name for c in data.columns))
+    if asked != (signature.task, signature.target, tuple(c.name for c in signature.columns)):
+        return "the schema is not that of the contract"
+    if (session.output == "probabilities") != (signature.task == "classification"):
+        return f"the model gives {session.output}, which is not for {signature.task}"
+    if session.output == "probabilities" and output.shape[1] != len(signature.labels):
+        return f"the model gives {output.shape[1]} probabilities for {len(signature.labels)} labels"
+    return None
 
 
 def _version(files: dict[str, str]) -> str:

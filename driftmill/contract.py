@@ -13,20 +13,22 @@ import re
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from croniter import croniter
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     WithJsonSchema,
     model_validator,
 )
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 API_VERSION = "driftmill/v1"
 
@@ -97,6 +99,26 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
+    #: A field that a plain value may stand for: `target: cnt` is `target: {name: cnt}`.
+    short_for: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _long_form(cls, value: Any) -> Any:
+        return {cls.short_for: value} if cls.short_for and isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        if cls.short_for:
+            schema = {
+                "description": schema.pop("description", ""),
+                "anyOf": [{"type": "string"}, schema],
+            }
+        return schema
+
 
 class Csv(Section):
     """How to read a CSV file."""
@@ -122,6 +144,8 @@ class Csv(Section):
 class Source(Section):
     """Where rows come from. A plain string is short for `uri` alone."""
 
+    short_for = "uri"
+
     uri: str = Field(min_length=1)
     """`file:` path (relative to the contract), `https:`, `s3:`, `gs:`, `sklearn:NAME`,
     `openml:ID`, `kaggle:OWNER/DATASET/FILE` or `sim:NAME?key=value`."""
@@ -134,11 +158,6 @@ class Source(Section):
     """File format; `auto` goes by the file name (`.gz` is unpacked either way)."""
     csv: Csv = Csv()
     """How to read a CSV file."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"uri": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _digest_for_https(self) -> Source:
@@ -193,6 +212,8 @@ class Column(Section):
 class Target(Section):
     """What is predicted. A plain string is short for `name` alone."""
 
+    short_for = "name"
+
     name: str = Field(min_length=1)
     """Column of the label."""
     labels: tuple[str, ...] = ()
@@ -207,27 +228,21 @@ class Target(Section):
     transform: Literal["none", "log1p"] = "none"
     """Regression: learn log(1 + y) and predict y; for counts and prices."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
 
 class Time(Section):
     """When a row happened. A plain string is short for one column."""
 
-    columns: tuple[str, ...] = Field(min_length=1)
+    short_for = "columns"
+
+    columns: Annotated[
+        tuple[str, ...], BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
+    ] = Field(min_length=1)
     """Columns that together give the time; several are joined by a space before parsing."""
     format: str | None = None
     """`strptime` format, e.g. `%Y-%m-%d %H`; none: ISO 8601."""
     until: Timestamp | None = None
     """Rows before this time are the history that the first model learns from; later ones are the
     stream that `driftmill replay` sends."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"columns": [value]} if isinstance(value, str) else value
 
 
 class Quarantine(Section):
@@ -292,6 +307,8 @@ class Data(Section):
 class Metric(Section):
     """What a better model is better at. A plain string is short for `name` alone."""
 
+    short_for = "name"
+
     name: MetricName
     """Metric that candidates are ranked and gated by."""
     direction: Direction
@@ -299,8 +316,8 @@ class Metric(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        if isinstance(value, str):
+    def _fill_direction(cls, value: Any) -> Any:
+        if isinstance(value, str):  # validators of a base class run after this one
             value = {"name": value}
         if isinstance(value, dict) and value.get("name") in METRICS and "direction" not in value:
             value = {**value, "direction": METRICS[value["name"]][0]}
@@ -521,6 +538,8 @@ class Retrain(Section):
 
     @model_validator(mode="after")
     def _cron(self) -> Retrain:
+        from croniter import croniter  # a tenth of this module's import time, and rarely needed
+
         if self.schedule is not None and (
             len(self.schedule.split()) != 5 or not croniter.is_valid(self.schedule)
         ):
@@ -533,15 +552,12 @@ class Retrain(Section):
 class Tracking(Section):
     """Where runs are recorded for people. A plain string is short for `backend` alone."""
 
+    short_for = "backend"
+
     backend: Literal["mlflow", "none"] = "mlflow"
     """`mlflow` or nothing."""
     uri: str | None = None
     """MLflow tracking URI; null: `$MLFLOW_TRACKING_URI`, else a SQLite file beside the store."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_string(cls, value: Any) -> Any:
-        return {"backend": value} if isinstance(value, str) else value
 
 
 class Contract(Section):

@@ -20,8 +20,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 
 class Store:
     """A root below which keys such as `payments/rollout/00000001.json` are read and written.
@@ -43,6 +41,9 @@ class Store:
             self._fs: Any = None
             self._root = str(self.folder)
         else:
+            # Imported only here: every step and every poll of a laptop would pay for it.
+            import fsspec
+
             self._fs, self._root = fsspec.core.url_to_fs(self.uri)
 
     def __repr__(self) -> str:

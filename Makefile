@@ -1,0 +1,52 @@
+# Two commands do everything: `make demo` and `make test`. Both make their own environment first.
+
+PYTHON ?= python3
+EXAMPLE ?= payments
+VENV := .venv
+BIN := $(VENV)/bin
+# Rewritten whenever the dependencies change.
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint format docs benchmarks constraints clean
+
+help: ## Show this list.
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Driftmill needs Python 3.11 or newer; name one with make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+venv: $(STAMP) ## Make the environment in .venv.
+
+demo: $(STAMP) ## Run the whole loop: make demo [EXAMPLE=payments|bike-sharing].
+	$(BIN)/driftmill demo $(EXAMPLE)
+
+test: $(STAMP) lint ## Lint, type-check and run every test, with coverage.
+	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+
+test-fast: $(STAMP) ## Run the tests that take less than a few seconds each.
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(STAMP) ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## Rewrite the code in the project's style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: $(STAMP) ## Measure what the README quotes; results go to benchmarks/results/.
+	$(BIN)/python -m benchmarks
+
+constraints: $(STAMP) ## Pin what is installed now into constraints.txt.
+	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > constraints.txt
+
+clean: ## Remove the environment and everything built.
+	-test -x $(BIN)/driftmill && $(BIN)/driftmill down
+	rm -rf $(VENV) .driftmill build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""Components that every family's pipeline ends with."""

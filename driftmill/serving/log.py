@@ -1,0 +1,418 @@
+"""The inference log: every prediction and every label, kept before it is acknowledged.
+
+A living process appends JSON lines to a spool file of its own, one write a batch: a process that
+is killed has lost nothing that it acknowledged. A background thread turns closed spool files into
+Parquet in the store, `<model>/log/<kind>/<YYYYMMDD>/<HHMMSSffffff>-<writer>-<seq>.parquet`, and
+removes them. The key follows from the spool file's name, so that a crash between the two writes
+the same segment again and nothing twice. A writer holds a lock (`flock`) on its open file: a
+spool file without a lock is closed, or its writer is dead, and any process may move it.
+
+Readers (`segments`, `read`, `labelled`) import pandas; the writing side does not.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Collection, Iterable, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+import pyarrow as pa
+import pyarrow.json
+import pyarrow.parquet
+
+from driftmill.contract import Task
+from driftmill.features import ID, TIME, Signature
+from driftmill.store import Store
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["predictions", "labels"]
+Role = Literal["champion", "challenger", "shadow"]
+
+#: Clocks of two processes may differ by this much.
+_SKEW = timedelta(minutes=1)
+_STAMP = pa.timestamp("us", "UTC")
+
+
+class Schema(msgspec.Struct, frozen=True):
+    """What the rows of a spool file look like: its first line."""
+
+    kind: Kind
+    task: Task
+    numeric: tuple[str, ...] = ()
+    boolean: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    """All inputs in the contract's order."""
+    format: int = 1
+
+    @classmethod
+    def predictions(cls, signature: Signature) -> Schema:
+        """The schema of a model's predictions."""
+        columns = signature.columns
+        return cls(
+            kind="predictions",
+            task=signature.task,
+            numeric=tuple(c.name for c in columns if c.type in ("float", "int")),
+            boolean=tuple(c.name for c in columns if c.type == "bool"),
+            text=tuple(c.name for c in columns if c.type == "category"),
+            columns=tuple(c.name for c in columns),
+        )
+
+    @classmethod
+    def labels(cls, signature: Signature) -> Schema:
+        """The schema of a model's labels."""
+        return cls(kind="labels", task=signature.task)
+
+
+class Prediction(msgspec.Struct, gc=False, rename=lambda name: f"_{name}"):
+    """A row of the log of predictions; `at` in microseconds since 1970."""
+
+    prediction_id: str
+    request_id: str
+    at: int
+    version: str
+    role: Role
+    prediction: str | float
+    score: float | None
+    record: Any
+    """The request's record: `_id`, `_time` and the inputs."""
+
+
+class Label(msgspec.Struct, gc=False, rename=lambda name: f"_{name}"):
+    """A row of the log of labels; `at` in microseconds since 1970."""
+
+    prediction_id: str
+    at: int
+    label: str | float
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def now_us() -> int:
+    """Microseconds since 1970."""
+    return time.time_ns() // 1000
+
+
+class Log:
+    """The writing side, for one model in one process.
+
+    `append` may be called from one thread (the event loop's); shipping runs in a thread of its
+    own between `start` and `close`.
+
+    Args:
+        spool: folder of the spool files, on a local disk.
+        store: where the segments go.
+        model: whose log it is.
+        rotate_rows: rows after which a spool file is closed.
+        rotate: seconds after which one that holds rows is closed.
+    """
+
+    def __init__(
+        self, spool: Path, store: Store, model: str, rotate_rows: int = 20_000, rotate: float = 2.0
+    ) -> None:
+        self.folder = spool / model
+        self.store = store
+        self.model = model
+        self.rotate_rows = rotate_rows
+        self.rotate = rotate
+        #: Spool files that wait, as of the last sweep.
+        self.backlog = 0
+        #: Why the last sweep left something behind, if it did.
+        self.error: str | None = None
+        self.ship_failures = 0
+        self._seq = 0
+        self._files: dict[Schema, _SpoolFile] = {}
+        # One for each schema: of one writer's files, one ends before the next begins.
+        self._writers: dict[Schema, str] = {}
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stop = False
+        self._thread = threading.Thread(target=self._ship, name="inference-log", daemon=True)
+
+    def start(self) -> None:
+        """Move what dead writers left, and whatever is closed from now on."""
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the shipping thread runs."""
+        return self._thread.is_alive()
+
+    def close(self) -> None:
+        """Close the open files and move all there is into the store."""
+        self._stop = True
+        self._wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._close_files(due_only=False)
+        self.sweep()
+
+    def append(self, schema: Schema, rows: Sequence[Prediction] | Sequence[Label]) -> None:
+        """Write rows with one system call.
+
+        Raises:
+            OSError: nothing was written; the next call tries again.
+        """
+        content = _encoder.encode_lines(rows)
+        with self._lock:
+            file = self._files.get(schema)
+            if file is None:
+                file = self._files[schema] = self._open(schema)
+            try:
+                file.write(content, len(rows))
+            except OSError:
+                if file.broken:
+                    self._drop(schema)
+                raise
+            if file.rows >= self.rotate_rows:
+                self._drop(schema)
+                self._wake.set()
+
+    def sweep(self) -> None:
+        """Move every spool file without a living writer into the store."""
+        waiting, error = 0, None
+        for path in sorted(self.folder.glob("*/*.jsonl")):
+            try:
+                _move(path, self.store, self.model)
+            except (OSError, pa.ArrowException, msgspec.DecodeError) as problem:
+                waiting += 1
+                self.ship_failures += 1
+                error = f"{path.name} stays in the spool: {problem}"
+        if error != self.error:
+            if error:
+                logger.error("%s", error)
+            else:
+                logger.info("the inference log moves into the store again")
+        self.backlog, self.error = waiting, error
+
+    def _ship(self) -> None:
+        while not self._stop:
+            self.sweep()
+            self._wake.wait(min(max(self.rotate / 4, 0.05), 1.0))
+            self._wake.clear()
+            self._close_files(due_only=True)
+
+    def _close_files(self, due_only: bool) -> None:
+        with self._lock:
+            due = time.monotonic() - self.rotate
+            for schema, file in list(self._files.items()):
+                if not due_only or (file.rows and file.opened <= due):
+                    self._drop(schema)
+
+    def _drop(self, schema: Schema) -> None:
+        self._files.pop(schema).close()
+
+    def _open(self, schema: Schema) -> _SpoolFile:
+        folder = self.folder / schema.kind
+        folder.mkdir(parents=True, exist_ok=True)
+        writer = self._writers.setdefault(schema, secrets.token_hex(4))
+        while True:
+            self._seq += 1
+            stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S%f")
+            path = folder / f"{stamp}-{writer}-{self._seq:06d}.jsonl"
+            fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
+            # A sweep between the two calls takes the file for a dead writer's and removes it.
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                continue
+            if os.fstat(fd).st_nlink:
+                return _SpoolFile(fd, _encoder.encode(schema) + b"\n")
+            os.close(fd)
+
+
+class _SpoolFile:
+    """An open, locked spool file; the header goes out with the first rows."""
+
+    def __init__(self, fd: int, header: bytes) -> None:
+        self.fd = fd
+        self.header = header
+        self.size = 0
+        self.rows = 0
+        self.opened = time.monotonic()
+        #: It ends in half a batch that could not be taken back.
+        self.broken = False
+
+    def write(self, content: bytes, rows: int) -> None:
+        if not self.size:
+            content = self.header + content
+            self.opened = time.monotonic()
+        try:
+            written = os.write(self.fd, content)
+            if written < len(content):
+                raise OSError(28, "No space left on device: only part of the batch was written")
+        except OSError:
+            try:
+                os.ftruncate(self.fd, self.size)
+            except OSError:
+                self.broken = True
+            raise
+        self.size += written
+        self.rows += rows
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def _move(path: Path, store: Store, model: str) -> None:
+    """Move one spool file, unless its writer lives or another process is at it."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        if not os.fstat(file.fileno()).st_nlink:
+            return
+        content = file.read()
+        table = _table(content)
+        if table is not None:
+            buffer = io.BytesIO()
+            pyarrow.parquet.write_table(table, buffer, compression="zstd")
+            day, rest = path.stem.split("-", 1)
+            store.write(f"{model}/log/{path.parent.name}/{day}/{rest}.parquet", buffer.getvalue())
+        path.unlink()
+
+
+def _table(content: bytes) -> pa.Table | None:
+    """The rows of a spool file; None where it has none. A torn last line was never acknowledged."""
+    content = content[: content.rfind(b"\n") + 1]
+    header, _, lines = content.partition(b"\n")
+    if not lines:
+        return None
+    schema = msgspec.json.decode(header, type=Schema)
+    answer = pa.float64() if schema.task == "regression" else pa.string()
+    fields: list[tuple[str, pa.DataType]]
+    if schema.kind == "labels":
+        fields = [("_prediction_id", pa.string()), ("_at", pa.int64()), ("_label", answer)]
+    else:
+        types = dict.fromkeys(schema.numeric, pa.float64())
+        types |= dict.fromkeys(schema.boolean, pa.bool_())
+        types |= dict.fromkeys(schema.text, pa.string())
+        record = [(ID, pa.string()), (TIME, _STAMP), *((c, types[c]) for c in schema.columns)]
+        fields = [
+            ("_prediction_id", pa.string()),
+            ("_request_id", pa.string()),
+            ("_at", pa.int64()),
+            ("_version", pa.string()),
+            ("_role", pa.string()),
+            ("_prediction", answer),
+            ("_score", pa.float64()),
+            ("_record", pa.struct(record)),
+        ]
+    # Arrow parses with the types given (an all-null column keeps its type) and without the GIL.
+    table = pyarrow.json.read_json(
+        pa.BufferReader(lines),
+        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
+        parse_options=pyarrow.json.ParseOptions(
+            explicit_schema=pa.schema(fields), unexpected_field_behavior="error"
+        ),
+    )
+    columns = {name: table[name] for name, _ in fields if name != "_record"}
+    columns["_at"] = columns["_at"].cast(_STAMP)
+    if schema.kind == "predictions":
+        inputs = table["_record"].combine_chunks()
+        parts = dict(zip((name for name, _ in record), inputs.flatten(), strict=True))
+        given = (ID, TIME)
+        middle = {name: parts[name] for name in given}
+        rest = {
+            c: parts[c].cast(pa.float64()) if c in schema.boolean else parts[c]
+            for c in schema.columns
+        }
+        head = {name: columns[name] for name in ("_prediction_id", "_request_id", "_at")}
+        columns = head | middle | columns | rest
+    return pa.table(columns)
+
+
+def segments(store: Store, model: str, kind: Kind, seen: Collection[str] = ()) -> list[str]:
+    """Keys of the log's segments that are not among `seen`, oldest first."""
+    known = frozenset(seen)
+    return [
+        key
+        for key in store.list(f"{model}/log/{kind}")
+        if key.endswith(".parquet") and key not in known
+    ]
+
+
+def read(store: Store, keys: Iterable[str]) -> pd.DataFrame:
+    """The rows of some segments, in the order of the keys.
+
+    Columns that only some segments have are null in the others. No keys give an empty table
+    without columns.
+    """
+    import pandas as pd
+
+    tables = [pyarrow.parquet.read_table(pa.BufferReader(store.read(key))) for key in keys]
+    if not tables:
+        return pd.DataFrame()
+    frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
+    return frame
+
+
+def labelled(store: Store, model: str, since: datetime | None = None) -> pd.DataFrame:
+    """Answered predictions (not those in shadow) whose label has come.
+
+    Args:
+        store: where the log lies.
+        model: whose log.
+        since: leave out predictions before this time (`_at`).
+
+    Returns:
+        The columns of the log of predictions and `_label`, the newest label of each, in the order
+        of `_at`. Empty where nothing is labelled.
+    """
+    import pandas as pd
+
+    predictions = read(store, _recent(segments(store, model, "predictions"), since))
+    labels = read(store, _recent(segments(store, model, "labels"), since))
+    if predictions.empty or labels.empty:
+        return pd.DataFrame()
+    if since is not None:
+        predictions = predictions[predictions["_at"] >= since]
+    predictions = predictions[predictions["_role"] != "shadow"]
+    newest = (
+        labels.sort_values("_at", kind="stable")
+        .drop_duplicates("_prediction_id", keep="last")
+        .set_index("_prediction_id")["_label"]
+    )
+    joined = predictions.join(newest, on="_prediction_id", how="inner")
+    return joined.sort_values("_at", kind="stable").reset_index(drop=True)
+
+
+def _recent(keys: list[str], since: datetime | None) -> list[str]:
+    """Without the segments that surely hold nothing since then.
+
+    A segment's name tells when its first row came; all its rows came before the next segment of
+    the same writer began.
+    """
+    if since is None:
+        return keys
+    limit = (since - _SKEW).astimezone(UTC)
+    started: dict[str, datetime] = {}
+    keep = []
+    for key in reversed(keys):
+        day, name = key.removesuffix(".parquet").rsplit("/", 2)[1:]
+        stamp, writer, _ = name.split("-")
+        following = started.get(writer)
+        if following is None or following > limit:
+            keep.append(key)
+        started[writer] = datetime.strptime(f"{day}{stamp}", "%Y%m%d%H%M%S%f").replace(tzinfo=UTC)
+    return keep[::-1]

@@ -1,0 +1,766 @@
+"""The service of one model: an ASGI handler with everything that a request needs.
+
+One process, one event loop. Requests that wait together run as one batch: the first one asks the
+loop to call back, and whatever has arrived by then goes into the same run of the model, so that
+batching adds no delay. What serves is one immutable `Serving` value; a poll of the rollout loads
+new versions in a thread and replaces the value in one assignment.
+
+Routes: `POST /predict`, `POST /feedback`, `GET /model`, `/livez`, `/readyz`, `/metrics`,
+`/docs.json`. All other paths go to the application that the handler is wrapped around.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from driftmill import bundle, rollout
+from driftmill.bundle import Bundle, BundleError
+from driftmill.rollout import Rollout, RolloutConflict
+from driftmill.serving.codec import Answer, Codec, RequestError, encode_answers
+from driftmill.serving.log import Label, Log, Prediction, Role, Schema, now_us
+from driftmill.serving.metrics import CONTENT_TYPE, Metrics
+from driftmill.serving.openapi import openapi
+from driftmill.store import Store
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+#: Batches that may wait; requests beyond them are turned away with 503.
+WAITING_BATCHES = 16
+#: Requests that may be in the process at once, their bodies being read included.
+MAX_REQUESTS = 1024
+#: Seconds that the rest of a body may take.
+BODY_TIMEOUT = 10.0
+#: A version that did not load is tried again after this many seconds.
+LOAD_AGAIN = 10.0
+
+_METHODS = {
+    "/predict": ("POST",),
+    "/feedback": ("POST",),
+    "/model": ("GET", "HEAD"),
+    "/livez": ("GET", "HEAD"),
+    "/readyz": ("GET", "HEAD"),
+    "/metrics": ("GET", "HEAD"),
+    "/docs.json": ("GET", "HEAD"),
+}
+_JSON = (b"content-type", b"application/json")
+_RETRY = (b"retry-after", b"1")
+
+
+class Model:
+    """A loaded version with what a request needs of it."""
+
+    def __init__(self, loaded: Bundle) -> None:
+        self.bundle = loaded
+        self.version = loaded.version
+        self.settings = loaded.manifest.contract.serve
+        self.header = (b"x-model-version", loaded.version.encode())
+        self.codec = Codec(loaded.signature, loaded.manifest.contract)
+        self.schema = Schema.predictions(loaded.signature)
+        self.label_schema = Schema.labels(loaded.signature)
+        # A record decoded for one model fits another with the same inputs.
+        self.inputs = [(c.name, c.type, c.nullable) for c in loaded.signature.columns]
+
+    def run(self, records: Sequence[Any]) -> np.ndarray:
+        """Predict. Raises ModelError where the model fails or gives no number."""
+        numeric, text = self.codec.arrays(records)
+        try:
+            output = self.bundle.session.run(numeric, text)
+        # ONNX Runtime raises classes of its own, some of which derive from Exception only.
+        except Exception as error:
+            raise ModelError(f"{self.version} failed: {error}") from error
+        if not np.isfinite(output).all():
+            raise ModelError(f"{self.version} answered NaN or infinity")
+        return output
+
+
+class ModelError(RuntimeError):
+    """A model that did not answer."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What serves: replaced as a whole, never changed."""
+
+    rollout: Rollout
+    champion: Model
+    challenger: Model | None = None
+    """None also where the rollout names one that did not load or has failed."""
+    refused: tuple[dict[str, str], ...] = ()
+    """Versions of the rollout that did not load, and why."""
+
+    def role(self, request_id: str) -> Role:
+        """Who answers a request."""
+        if self.challenger is not None and share(request_id) < self.rollout.weight:
+            return "challenger"
+        return "champion"
+
+
+def share(request_id: str) -> float:
+    """Where a request lies in [0, 1): the challenger answers those below its weight.
+
+    It is the first 53 bits of the BLAKE2b digest (8 bytes, big-endian) of the request id, over
+    2**53: the same on every replica, and a request that the challenger answers at one weight it
+    answers at every higher one.
+    """
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A request that waits for its batch."""
+
+    request_id: str
+    records: list[Any]
+    serving: Serving
+    model: Model
+    role: Role
+    answered: asyncio.Future[tuple[Model, bytes]]
+
+
+@dataclass
+class Response:
+    """An answer, ready to be sent."""
+
+    status: int
+    body: bytes
+    headers: list[tuple[bytes, bytes]] = field(default_factory=lambda: [_JSON])
+
+
+class Server:
+    """Serves one model.
+
+    Args:
+        store: where bundles, rollout and log lie.
+        model: the model's name.
+        spool: local folder of the inference log before it moves into the store.
+        cache: local folder for bundles of a remote store.
+    """
+
+    def __init__(self, store: Store, model: str, spool: Path, cache: Path | None = None) -> None:
+        self.store = store
+        self.model = model
+        self.cache = cache
+        self.log = Log(spool, store, model)
+        self.metrics = Metrics(model, self.log)
+        self.serving: Serving | None = None
+        self.draining = False
+        #: Versions that did not load while nothing serves yet.
+        self.refused: tuple[dict[str, str], ...] = ()
+        self._poll_seconds = 1.0
+        self._poll_error: str | None = None
+        self._load_again = 0.0
+        self._rejected_revision = 0
+        self._rollback: tuple[Serving, str] | None = None
+        self._id_prefix = secrets.token_hex(8)
+        self._id_count = 0
+        self._requests = 0
+        self._waiting: deque[_Waiting] = deque()
+        self._waiting_rows = 0
+        self._flush_planned = False
+        self._wake = asyncio.Event()
+        self._poller: asyncio.Task[None] | None = None
+        self._shadows = ThreadPoolExecutor(1, thread_name_prefix="shadow")
+        self._shadow_rows = 0
+
+    # Life
+
+    async def start(self) -> None:
+        """Start the log and the poll of the rollout; the first version loads in the background."""
+        self.log.start()
+        self._poller = asyncio.create_task(self._poll(), name="rollout-poll")
+        self._poller.add_done_callback(_report_end)
+
+    async def stop(self) -> None:
+        """Finish what waits and move the log into the store."""
+        self.draining = True
+        if self._poller is not None:
+            self._poller.cancel()
+            await asyncio.wait([self._poller])
+        while self._waiting:
+            self._flush()
+        await asyncio.to_thread(self._shadows.shutdown)
+        await asyncio.to_thread(self.log.close)
+
+    async def _poll(self) -> None:
+        while True:
+            self._wake.clear()
+            if self._rollback is not None:
+                pending = self._rollback
+                done = await asyncio.to_thread(self._write_rollback, *pending)
+                if done and self._rollback is pending:
+                    self._rollback = None
+            try:
+                found = await asyncio.to_thread(self._look)
+                self._poll_error = None
+            except (OSError, ValueError) as error:
+                self.metrics.poll_failures.inc()
+                if str(error) != self._poll_error:
+                    logger.error("the rollout of %s cannot be read: %s", self.model, error)
+                self._poll_error = str(error)
+            else:
+                if found is not None:
+                    self._swap(found)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), self._poll_seconds)
+
+    def _look(self) -> Serving | None:
+        """What must serve from now on, loaded and warm; None where nothing changes. In a thread."""
+        before = self.serving
+        newest = rollout.read(self.store, self.model, before.rollout.revision if before else 0)
+        if newest is None:
+            if before is None or not before.refused or time.monotonic() < self._load_again:
+                return None
+            newest = before.rollout
+        elif newest.revision == self._rejected_revision and time.monotonic() < self._load_again:
+            return None
+        loaded = {m.version: m for m in (before.champion, before.challenger) if m} if before else {}
+        refused = []
+        for version in filter(None, (newest.champion, newest.challenger)):
+            if version not in loaded:
+                try:
+                    loaded[version] = Model(
+                        bundle.fetch(self.store, self.model, version, self.cache)
+                    )
+                except (BundleError, OSError) as error:
+                    refused.append({"version": version, "reason": str(error)})
+                    self.metrics.load_failed(version)
+                    logger.error("%s %s is refused: %s", self.model, version, error)
+        if refused:
+            self._load_again = time.monotonic() + LOAD_AGAIN
+        champion = loaded.get(newest.champion)
+        if champion is None:
+            self._rejected_revision = newest.revision
+            self.refused = tuple(refused)
+            return replace(before, refused=self.refused) if before else None
+        challenger = loaded.get(newest.challenger) if newest.challenger else None
+        if challenger is not None and challenger.inputs != champion.inputs:
+            reason = "its inputs are not the champion's: it can replace it, but not stand beside it"
+            refused.append({"version": challenger.version, "reason": reason})
+            self.metrics.load_failed(challenger.version)
+            logger.error("%s %s is refused: %s", self.model, challenger.version, reason)
+            self._load_again = time.monotonic() + LOAD_AGAIN
+            challenger = None
+        return Serving(newest, champion, challenger, tuple(refused))
+
+    def _swap(self, new: Serving) -> None:
+        """Serve something else from now on; batches that wait keep the models they came for."""
+        before = self.serving
+        if self._rollback is not None and new.challenger is not None:
+            failed, reason = self._rollback
+            if failed.challenger is new.challenger:  # it failed while the new rollout was loaded
+                self._rollback = (new, reason)
+                new = replace(new, challenger=None)
+        settings = new.champion.settings
+        self._poll_seconds = settings.poll
+        self.log.rotate_rows = settings.log.rotate_rows
+        self.log.rotate = settings.log.rotate
+        self.serving = new
+        self.refused = new.refused
+        self.metrics.serving(
+            new.rollout, new.challenger.version if new.challenger is not None else None
+        )
+        if before is None:
+            # What start-up made lives for ever: the collector need not look at it again.
+            gc.collect()
+            gc.freeze()
+        logger.info(
+            "%s serves %s (revision %d%s)",
+            self.model,
+            new.champion.version,
+            new.rollout.revision,
+            f", challenger {new.challenger.version}" if new.challenger else "",
+        )
+
+    # Requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request to a path of `_METHODS`."""
+        path = scope["path"]
+        started = time.perf_counter()
+        request_id = ""
+        version = ""
+        self._requests += 1
+        try:
+            if scope["method"] not in _METHODS[path]:
+                allowed = ", ".join(_METHODS[path])
+                raise RequestError(
+                    405,
+                    "method_not_allowed",
+                    f"{path} takes {allowed}",
+                    headers=((b"allow", allowed.encode()),),
+                )
+            if path == "/predict":
+                request_id, body = await self._receive(scope, receive)
+                response, version = await self.predict(body, request_id)
+            elif path == "/feedback":
+                request_id, body = await self._receive(scope, receive)
+                response = self.feedback(body)
+            else:
+                response = self._get(path)
+        except RequestError as error:
+            response = Response(error.status, error.body(), [_JSON, *error.headers])
+        finally:
+            self._requests -= 1
+        if request_id:
+            response.headers.append((b"x-request-id", request_id.encode()))
+        response.headers.append((b"content-length", str(len(response.body)).encode()))
+        if path == "/predict":
+            self.metrics.request(version, response.status)
+            self.metrics.seconds.observe(time.perf_counter() - started)
+        await send(
+            {
+                "type": "http.response.start",
+                "status": response.status,
+                "headers": response.headers,
+            }
+        )
+        await send({"type": "http.response.body", "body": response.body})
+
+    async def predict(self, body: bytes, request_id: str = "") -> tuple[Response, str]:
+        """The answer to a body of `POST /predict`, and the version that gave it.
+
+        Raises:
+            RequestError: there is no answer.
+        """
+        serving = self._serving()
+        request_id = request_id or self._new_id()
+        model, role = serving.champion, serving.role(request_id)
+        records = model.codec.records(body)
+        if role == "challenger" and serving.challenger is not None:
+            model = serving.challenger
+        most = serving.champion.settings.max_batch_rows * WAITING_BATCHES
+        if self._waiting and self._waiting_rows + len(records) > most:
+            self.metrics.rejected.inc()
+            raise RequestError(503, "overloaded", "Too many requests wait", headers=(_RETRY,))
+        loop = asyncio.get_running_loop()
+        waiting = _Waiting(request_id, records, serving, model, role, loop.create_future())
+        self._waiting.append(waiting)
+        self._waiting_rows += len(records)
+        if not self._flush_planned:
+            self._flush_planned = True
+            loop.call_soon(self._flush)
+        model, answer = await waiting.answered
+        return Response(200, answer, [_JSON, model.header]), model.version
+
+    def feedback(self, body: bytes) -> Response:
+        """The answer to a body of `POST /feedback`. Raises RequestError."""
+        champion = self._serving().champion
+        given = champion.codec.labels(body)
+        at = now_us()
+        rows = [Label(label.id, at, label.label) for label in given]
+        if self._append(champion, champion.label_schema, rows):
+            self.metrics.logged_labels.inc(len(rows))
+        self.metrics.feedback.inc(len(rows))
+        return Response(200, b'{"accepted":%d}' % len(rows))
+
+    def _serving(self) -> Serving:
+        if self.serving is None:
+            raise RequestError(
+                503, "not_ready", f"No version of {self.model} is loaded yet", headers=(_RETRY,)
+            )
+        return self.serving
+
+    async def _receive(self, scope: Scope, receive: Receive) -> tuple[str, bytes]:
+        """Request id (maybe made up) and body of a request."""
+        request_id = length = ""
+        kind = "application/json"
+        encoding = "identity"
+        for name, value in scope["headers"]:
+            if name == b"content-length":
+                length = value.decode("latin-1")
+            elif name == b"x-request-id":
+                request_id = value.decode("latin-1")
+            elif name == b"content-type":
+                kind = value.decode("latin-1")
+            elif name == b"content-encoding":
+                encoding = value.decode("latin-1")
+        if request_id and not (len(request_id) <= 128 and _is_visible(request_id)):
+            raise RequestError(
+                400, "invalid_request_id", "X-Request-Id takes at most 128 visible ASCII characters"
+            )
+        if kind != "application/json":
+            kind = kind.partition(";")[0].strip().lower()
+            if kind != "application/json" and not kind.endswith("+json"):
+                raise RequestError(
+                    415, "unsupported_media_type", "Send Content-Type: application/json"
+                )
+        if encoding.strip().lower() not in ("", "identity"):
+            raise RequestError(415, "unsupported_encoding", "Send the body uncompressed")
+        if self._requests > MAX_REQUESTS:
+            self.metrics.rejected.inc()
+            raise RequestError(
+                503,
+                "overloaded",
+                "Too many requests at once",
+                headers=(_RETRY, (b"connection", b"close")),
+            )
+        limit = self._serving().champion.settings.max_body_bytes
+        if length.isdecimal() and int(length[:20]) > limit:
+            raise _too_large(limit)
+        message = await receive()
+        body: bytes = message.get("body", b"")
+        if message.get("more_body"):
+            try:
+                async with asyncio.timeout(BODY_TIMEOUT):
+                    body = await _rest(receive, body, limit)
+            except TimeoutError:
+                raise RequestError(
+                    408,
+                    "body_timeout",
+                    f"The body did not come within {BODY_TIMEOUT:.0f} s",
+                    headers=((b"connection", b"close"),),
+                ) from None
+        if len(body) > limit:
+            raise _too_large(limit)
+        return request_id or self._new_id(), body
+
+    def _get(self, path: str) -> Response:
+        match path:
+            case "/livez":
+                if self._poller is None or self._poller.done() or not self.log.alive:
+                    return Response(503, b'{"status":"a background task has ended"}')
+                return Response(200, b'{"status":"alive"}')
+            case "/readyz":
+                if self.serving is None or self.draining:
+                    status = "draining" if self.draining else "no version is loaded"
+                    return Response(503, json.dumps({"status": status}).encode(), [_JSON, _RETRY])
+                return Response(200, b'{"status":"ready"}')
+            case "/metrics":
+                headers = [(b"content-type", CONTENT_TYPE.encode())]
+                return Response(200, self.metrics.render(), headers)
+            case "/docs.json":
+                champion = self.serving.champion if self.serving else None
+                document = openapi(self.model, champion.codec if champion else None)
+                return Response(200, json.dumps(document).encode())
+            case _:
+                return Response(200, json.dumps(self.describe()).encode())
+
+    def describe(self) -> dict[str, Any]:
+        """What `GET /model` answers; `version` is null before the first version is loaded."""
+        serving = self.serving
+        answer: dict[str, Any] = {
+            "model": self.model,
+            "version": None,
+            "challenger": None,
+            "rollout": None,
+            "refused": list(self.refused),
+        }
+        if serving is None:
+            return answer
+        manifest = serving.champion.bundle.manifest
+        return answer | {
+            "version": manifest.version,
+            "challenger": serving.challenger.version if serving.challenger else None,
+            "rollout": rollout.to_dict(serving.rollout),
+            "digests": manifest.files,
+            "created": manifest.created.isoformat(),
+            "family": manifest.family,
+            "metrics": manifest.metrics,
+            "schema": serving.champion.bundle.signature.model_dump(mode="json"),
+        }
+
+    # Batches
+
+    def _flush(self) -> None:
+        """Answer the requests that wait, as many as fit into one batch."""
+        self._flush_planned = False
+        batch: list[_Waiting] = []
+        rows = 0
+        while self._waiting:
+            most = self._waiting[0].serving.champion.settings.max_batch_rows
+            if batch and rows + len(self._waiting[0].records) > most:
+                break
+            waiting = self._waiting.popleft()
+            rows += len(waiting.records)
+            batch.append(waiting)
+        self._waiting_rows -= rows
+        if self._waiting:
+            self._flush_planned = True
+            asyncio.get_running_loop().call_soon(self._flush)
+        groups: dict[Model, list[_Waiting]] = {}
+        for waiting in batch:
+            groups.setdefault(waiting.model, []).append(waiting)
+        for model, group in groups.items():
+            self._answer(model, group)
+
+    def _answer(self, model: Model, group: list[_Waiting]) -> None:
+        """Run a model for some requests, log the predictions, then release the answers."""
+        records = [r for waiting in group for r in waiting.records]
+        self.metrics.batch_rows.observe(len(records))
+        try:
+            output = model.run(records)
+        except ModelError as error:
+            self._failed(model, group, error)
+            return
+        ids = [self._new_id() for _ in records]
+        answers = model.codec.answers(ids, output)
+        at = now_us()
+        rows = []
+        start = 0
+        for waiting in group:
+            stop = start + len(waiting.records)
+            rows += [
+                Prediction(
+                    answer.id,
+                    waiting.request_id,
+                    at,
+                    model.version,
+                    waiting.role,
+                    answer.prediction,
+                    answer.score,
+                    record,
+                )
+                for answer, record in zip(answers[start:stop], waiting.records, strict=True)
+            ]
+            start = stop
+        try:
+            if self._append(model, model.schema, rows):
+                self.metrics.logged_predictions.inc(len(rows))
+        except RequestError as error:
+            for waiting in group:
+                _release(waiting, error)
+            return
+        start = 0
+        for waiting in group:
+            stop = start + len(waiting.records)
+            body = encode_answers(self.model, model.version, answers[start:stop])
+            _release(waiting, (model, body))
+            self.metrics.predictions(
+                model.version, waiting.role, [a.score for a in answers[start:stop]]
+            )
+            start = stop
+        self._send_to_shadow(group, answers)
+
+    def _failed(self, model: Model, group: list[_Waiting], error: ModelError) -> None:
+        """The champion answers for a challenger that failed; nobody answers for a champion."""
+        again = [w for w in group if w.role == "challenger"]
+        by_champion: dict[Model, list[_Waiting]] = {}
+        for waiting in again:
+            self._roll_back(waiting.serving, str(error))
+            waiting.model, waiting.role = waiting.serving.champion, "champion"
+            by_champion.setdefault(waiting.model, []).append(waiting)
+        for champion, waiting_for in by_champion.items():
+            self._answer(champion, waiting_for)
+        if not again:
+            logger.error("%s: %s", self.model, error)
+            for waiting in group:
+                _release(waiting, RequestError(500, "model_failed", "The model gave no answer"))
+
+    def _append(
+        self, model: Model, schema: Schema, rows: Sequence[Prediction] | Sequence[Label]
+    ) -> bool:
+        """Write to the log; False where it failed and the contract says to serve all the same.
+
+        Raises:
+            RequestError: it failed, and the contract says to refuse.
+        """
+        try:
+            self.log.append(schema, rows)
+        except OSError as error:
+            self.metrics.log_failing.set(1)
+            if model.settings.log.on_error == "serve":
+                self.metrics.log_dropped.inc(len(rows))
+                return False
+            self.metrics.log_refused.inc(len(rows))
+            raise RequestError(
+                503,
+                "log_unavailable",
+                f"The inference log cannot be written: {error.strerror or error}",
+                headers=(_RETRY,),
+            ) from error
+        self.metrics.log_failing.set(0)
+        return True
+
+    # The challenger
+
+    def _send_to_shadow(self, group: list[_Waiting], answers: list[Answer]) -> None:
+        """Let the challenger see what the champion answered, in another thread."""
+        start = 0
+        rows: list[tuple[str, str, Any]] = []
+        serving: Serving | None = None
+        for waiting in group:
+            stop = start + len(waiting.records)
+            if (
+                waiting.role == "champion"
+                and waiting.serving is self.serving
+                and waiting.serving.rollout.shadow
+                and waiting.serving.challenger is not None
+            ):
+                serving = waiting.serving
+                rows += [
+                    (answer.id, waiting.request_id, record)
+                    for answer, record in zip(answers[start:stop], waiting.records, strict=True)
+                ]
+            start = stop
+        if serving is None:
+            return
+        if (
+            self._shadow_rows + len(rows)
+            > serving.champion.settings.max_batch_rows * WAITING_BATCHES
+        ):
+            self.metrics.shadow_dropped.inc(len(rows))
+            return
+        self._shadow_rows += len(rows)
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(self._shadows, self._shadow, serving, rows).add_done_callback(
+            lambda done: self._shadow_done(done, serving, len(rows))
+        )
+
+    def _shadow(self, serving: Serving, rows: list[tuple[str, str, Any]]) -> None:
+        """Predict and log without answering. In a thread."""
+        model = serving.challenger
+        assert model is not None
+        output = model.run([record for _, _, record in rows])
+        answers = model.codec.answers([i for i, _, _ in rows], output)
+        at = now_us()
+        self.log.append(
+            model.schema,
+            [
+                Prediction(
+                    a.id, request_id, at, model.version, "shadow", a.prediction, a.score, record
+                )
+                for a, (_, request_id, record) in zip(answers, rows, strict=True)
+            ],
+        )
+        self.metrics.predictions(model.version, "shadow", [a.score for a in answers])
+        self.metrics.logged_predictions.inc(len(rows))
+
+    def _shadow_done(self, done: asyncio.Future[None], serving: Serving, rows: int) -> None:
+        self._shadow_rows -= rows
+        error = done.exception()
+        if isinstance(error, ModelError):
+            self._roll_back(serving, str(error))
+        elif isinstance(error, OSError):
+            self.metrics.shadow_dropped.inc(rows)
+        elif error is not None:
+            raise error
+
+    def _roll_back(self, serving: Serving, reason: str) -> None:
+        """Stop using a challenger at once, and tell the store at the next poll, which is now."""
+        challenger = serving.challenger
+        assert challenger is not None
+        self.metrics.challenger_failed(challenger.version)
+        if self.serving is not None and self.serving.challenger is challenger:
+            logger.error("%s: the challenger %s", self.model, reason)
+            self._rollback = (self.serving, reason)
+            self.serving = replace(self.serving, challenger=None)
+            self.metrics.serving(self.serving.rollout, None)
+            self._wake.set()
+
+    def _write_rollback(self, serving: Serving, reason: str) -> bool:
+        """Take the challenger out of the rollout; False where the store does not answer."""
+        try:
+            rollout.change(
+                self.store,
+                self.model,
+                champion=serving.rollout.champion,
+                by="service",
+                reason=f"the challenger {reason}",
+                expected=serving.rollout.revision,
+            )
+        except RolloutConflict as error:
+            logger.info("somebody else changed the rollout: %s", error)
+        except OSError as error:
+            logger.error("the rollout of %s cannot be written: %s", self.model, error)
+            return False
+        return True
+
+    def _new_id(self) -> str:
+        self._id_count += 1
+        return f"{self._id_prefix}{self._id_count:010x}"
+
+
+class Mount:
+    """ASGI middleware that puts a server before an application and shares its lifespan.
+
+    Args:
+        app: what answers all other paths.
+        make: gives the server.
+    """
+
+    def __init__(self, app: App, make: Callable[[], Server]) -> None:
+        self._app = app
+        self._server = make()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, or pass it on."""
+        if scope["type"] == "http" and scope["path"] in _METHODS:
+            await self._server(scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await self._app(scope, receive, self._with_lifespan(send))
+        else:
+            await self._app(scope, receive, send)
+
+    def _with_lifespan(self, send: Send) -> Send:
+        async def around(message: MutableMapping[str, Any]) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                await self._server.start()
+            elif message["type"] == "lifespan.shutdown.complete":
+                await self._server.stop()
+            await send(message)
+
+        return around
+
+
+def _release(waiting: _Waiting, answer: tuple[Model, bytes] | RequestError) -> None:
+    if waiting.answered.done():  # the client went away
+        return
+    if isinstance(answer, RequestError):
+        waiting.answered.set_exception(answer)
+    else:
+        waiting.answered.set_result(answer)
+
+
+def _report_end(poller: asyncio.Task[None]) -> None:
+    """Say why the poll ended, if not by `stop`; /livez then asks for a restart."""
+    if not poller.cancelled() and (error := poller.exception()) is not None:
+        logger.critical("the poll of the rollout has ended", exc_info=error)
+
+
+async def _rest(receive: Receive, body: bytes, limit: int) -> bytes:
+    """The whole body, read no further than just beyond the limit."""
+    parts, size = [body], len(body)
+    while size <= limit:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestError(400, "incomplete_body", "The body ended early")
+        part: bytes = message.get("body", b"")
+        parts.append(part)
+        size += len(part)
+        if not message.get("more_body"):
+            break
+    return b"".join(parts)
+
+
+def _too_large(limit: int) -> RequestError:
+    return RequestError(
+        413,
+        "body_too_large",
+        f"The body may have at most {limit} bytes",
+        headers=((b"connection", b"close"),),
+    )
+
+
+def _is_visible(text: str) -> bool:
+    return text.isascii() and text.isprintable()

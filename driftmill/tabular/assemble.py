@@ -1,0 +1,115 @@
+"""From the fits of all families to one bundle: the best by cross-validation is taken.
+
+The test rows play no part in the choice: they stay fresh for the gate.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from driftmill import bundle, features
+from driftmill.bundle import Manifest
+from driftmill.contract import Contract
+from driftmill.data import prepare
+from driftmill.tabular.fit import MODEL, RECORD
+
+log = logging.getLogger("driftmill")
+
+#: Most rows that the monitor compares with.
+REFERENCE_ROWS = 10_000
+#: Rows that are replayed at every load.
+EXAMPLES = 8
+
+
+def assemble(contract: Contract, data: Path, fits: list[Path], out: Path) -> Manifest:
+    """Write the bundle of the best fit.
+
+    Args:
+        contract: metric and direction are taken from it.
+        data: the folder that `prepare` wrote.
+        fits: the folders that `fit` wrote, one for each family.
+        out: where the bundle goes; created, must be empty.
+
+    Raises:
+        ValueError: there is no fit with a score.
+    """
+    prepared = prepare.read(data)
+    records = [(folder, json.loads((folder / RECORD).read_text())) for folder in fits]
+    folder, best = choose(contract, records)
+    sign = features.signature(contract, prepared.train)
+    columns = [c.name for c in contract.data.columns] + [contract.data.target.name]
+    manifest = bundle.write(
+        out,
+        contract=contract,
+        signature=sign,
+        model=folder / MODEL,
+        reference=reference(contract, prepared.train)[columns],
+        examples=examples(contract, prepared.train)[columns],
+        family=best["family"],
+        params=best["params"],
+        data=prepared.info.model_dump(mode="json")
+        | {
+            "candidates": {
+                record["family"]: {k: record[k] for k in ("score", "score_std", "tried", "seconds")}
+                for _, record in records
+            }
+        },
+    )
+    log.info("version %s is %s", manifest.version, best["family"])
+    return manifest
+
+
+def choose(
+    contract: Contract, records: list[tuple[Path, dict[str, Any]]]
+) -> tuple[Path, dict[str, Any]]:
+    """The fit with the best score; of equals the one given first."""
+    scored = [(folder, record) for folder, record in records if math.isfinite(record["score"])]
+    if not scored:
+        raise ValueError("there is no fit to choose from; run `fit` for one family at least")
+    return max(scored, key=lambda item: contract.metric.sign * item[1]["score"])
+
+
+def reference(contract: Contract, train: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the monitor compares with: up to 10,000 of the training rows. Where there is a
+    time the newest, as the stream goes on from there; else drawn by seed. In the table's order."""
+    if len(train) <= REFERENCE_ROWS:
+        return train
+    if contract.data.time is not None:
+        return train.tail(REFERENCE_ROWS)
+    chosen = np.random.default_rng(contract.train.seed).permutation(len(train))[:REFERENCE_ROWS]
+    return train.iloc[np.sort(chosen)]
+
+
+def examples(contract: Contract, train: pd.DataFrame) -> pd.DataFrame:
+    """Eight varied training rows: in turn, the row that brings most values not seen yet, where a
+    number counts by its quarter of the range and a missing value is a value too."""
+    rows = train.iloc[
+        np.sort(np.random.default_rng(contract.train.seed).permutation(len(train))[:2000])
+    ]
+    codes = []
+    for column in contract.data.columns:
+        values = rows[column.name]
+        if column.is_numeric:
+            codes.append(values.rank(pct=True).mul(4).fillna(-1).astype(int).to_numpy())
+        else:
+            codes.append(pd.factorize(values)[0])
+    table = np.column_stack(codes)
+    seen: list[set[int]] = [set() for _ in codes]
+    chosen: list[int] = []
+    while len(chosen) < min(EXAMPLES, len(rows)):
+        fresh = np.column_stack(
+            [~np.isin(table[:, i], list(codes)) for i, codes in enumerate(seen)]
+        ).sum(axis=1)
+        fresh[chosen] = -1
+        best = int(fresh.argmax())
+        chosen.append(best)
+        for i, code in enumerate(table[best]):
+            seen[i].add(int(code))
+    return rows.iloc[chosen]
