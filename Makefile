@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 # Rewritten whenever the dependencies change.
 STAMP := $(VENV)/.installed
 
+# Some machines forbid Python to keep what it has compiled; every process would do it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast lint format docs benchmarks constraints clean
 

@@ -825,6 +825,7 @@ def rollout_set(
         )
     except ValueError as error:
         raise Problem(_first_line(error), USAGE) from None
+    _mirror(home, new, model)
     _print_rollouts([new], as_json, single=True)
 
 
@@ -842,7 +843,19 @@ def rollout_rollback(which: Which = None, reason: Reason = "", as_json: AsJson =
         new = rollout.rollback(home.store, model, by=_person(), reason=reason)
     except ValueError as error:
         raise Problem(_first_line(error)) from None
+    _mirror(home, new, model)
     _print_rollouts([new], as_json, single=True)
+
+
+def _mirror(home: Home, now: Rollout, model: str) -> None:
+    """Let the tracking server's aliases follow a person's change."""
+    from driftmill import bundle, tracking
+
+    folder = home.store.get_folder(bundle.key(model, now.champion), home.folder / "bundles")
+    os.environ.setdefault("MLFLOW_TRACKING_URI", home.tracking_uri)
+    said = tracking.mirror(bundle.read_manifest(folder).contract, home.store)
+    if said.startswith("unavailable"):
+        _say(f"the tracking server's aliases are behind: {said}")
 
 
 def _print_rollouts(rollouts: list[Rollout], as_json: bool, single: bool = False) -> None:

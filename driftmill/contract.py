@@ -494,8 +494,6 @@ class Monitor(Section):
     max_quality_loss: float | None = Field(None, ge=0)
     """Alarm when the metric, on labelled rows, is worse than the champion's on its test rows by
     more than this; null: no such alarm."""
-    label_delay: Seconds = 0.0
-    """How long labels usually take; rows younger than that are not counted as unlabelled."""
     report_rows: int = Field(10_000, ge=100, le=10_000)
     """Most rows of a window that go into its Evidently report."""
     poll: Seconds = 1.0

@@ -97,7 +97,7 @@ def main(
     Returns:
         0 if each stage really happened, 1 if not, 2 if the example or its contract is not usable.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     if example not in SETTINGS:
         names = " or ".join(SETTINGS)
         hint = contract.did_you_mean(example, list(SETTINGS))

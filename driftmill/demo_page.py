@@ -193,10 +193,10 @@ def _svg(draw: object, story: Story) -> str:
         figure = Figure(figsize=(9.6, 3.0), layout="constrained")
         axes = figure.add_subplot()
         draw(axes, story)
-        axes.set_xlim(0, max(1.0, float(story.answers["at"].max())))
+        axes.set_xlim(story.answers["at"].min() - 1, story.answers["at"].max() + 1)
         _mark(axes, story.marks)
         _dates(axes, story)
-        axes.set_xlabel("seconds since traffic began" if not story.facts else "seconds")
+        axes.set_xlabel("seconds since the demo began")
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True)
     text = out.getvalue()
@@ -221,14 +221,14 @@ def _mark(axes: Axes, marks: dict[str, float]) -> None:
 
 
 def _dates(axes: Axes, story: Story) -> None:
-    """A second axis with the rows' own time, where the stream spans more than a week."""
+    """A second axis with the rows' own time, where the stream spans some months."""
     answers = story.answers
     if "_time" not in answers or answers["_time"].isna().all():
         return
     span = answers["_time"].max() - answers["_time"].min()
-    if span < pd.Timedelta(days=7):
+    if span < pd.Timedelta(days=60):
         return
-    ticks = pd.date_range(answers["_time"].min(), answers["_time"].max(), periods=7)
+    ticks = pd.date_range(answers["_time"].min(), answers["_time"].max(), periods=6)
     at = np.interp(
         ticks.astype("int64").to_numpy(),
         answers["_time"].astype("int64").to_numpy(),
@@ -246,7 +246,7 @@ def _colours(story: Story) -> dict[str, str]:
 
 
 def _traffic(axes: Axes, story: Story) -> None:
-    edges = np.arange(0, story.answers["at"].max() + 1.0, 1.0)
+    edges = np.arange(story.answers["at"].min(), story.answers["at"].max() + 1.0, 1.0)
     colours = _colours(story)
     counts = [
         np.histogram(story.answers.loc[story.answers["version"] == v, "at"], edges)[0]
@@ -261,7 +261,7 @@ def _drift(axes: Axes, story: Story) -> None:
     if not story.windows:
         return
     at = np.asarray(story.window_at)
-    scores = np.array([w.score for w in story.windows])
+    scores = np.array([max((c.effect for c in w.columns), default=0.0) for w in story.windows])
     drifted = np.array([w.drifted for w in story.windows])
     alarm = np.array([w.alarm for w in story.windows])
     width = max(0.25, 0.7 * float(np.median(np.diff(at))) if len(at) > 1 else 1.0)
@@ -278,7 +278,7 @@ def _drift(axes: Axes, story: Story) -> None:
     axes.plot(at[alarm], scores[alarm] + 0.02, "^", color="#D55E00", markersize=6)
     axes.axhline(story.contract.monitor.effect, color=GREY, linewidth=0.8)
     axes.set_ylim(0, max(0.4, float(scores.max()) * 1.15))
-    axes.set_ylabel("drift score")
+    axes.set_ylabel("largest effect")
 
 
 def _quality(axes: Axes, story: Story) -> None:

@@ -105,13 +105,13 @@ def prepare(contract: Contract, out: Path, store: Store | None = None) -> Datase
             raise DataError(
                 f"{data.source.uri} has no rows before data.time.until {data.time.until}"
             )
-    parts = {"history": schema.validate(raw, contract, origin=data.source.uri)}
+    parts = {"history": schema.validate(raw, contract, origin="source")}
     logged = _logged(contract, store)
     if logged is not None:
         parts["log"] = schema.validate(logged, contract, logged=True)
     if data.test is not None:
         fixed = sources.load(data.test, contract)
-        parts["test"] = schema.validate(fixed, contract, origin=data.test.uri)
+        parts["test"] = schema.validate(fixed, contract, origin="test")
 
     quarantines = [p.quarantine.assign(**{ORIGIN: origin}) for origin, p in parts.items()]
     bad = sum(map(len, quarantines))

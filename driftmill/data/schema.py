@@ -67,7 +67,7 @@ def validate(
             quarantine only. Its index is the row's position, from which `_id` is made where the
             contract names no id.
         contract: what the rows must look like.
-        origin: what the position counts in (the source's URI), so that rows of two sources get
+        origin: what the position counts in (`source` or `test`), so that rows of two sources get
             different ids.
         logged: the rows come from the inference log: `_id` and `_time` are there already, and an
             id may come twice.

@@ -26,8 +26,8 @@ import time
 import warnings
 import zipfile
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
-import httpx
 import pandas as pd
 
 from driftmill.contract import Contract, Csv, Source, did_you_mean
@@ -89,7 +89,7 @@ def stream(contract: Contract) -> pd.DataFrame:
     raw = load(source, contract)
     if until is not None:
         raw = raw[schema.times(raw, contract) >= until]
-    valid = schema.validate(raw, contract, origin=source.uri).valid
+    valid = schema.validate(raw, contract, origin="test" if source is data.test else "source").valid
     if valid.empty:
         since = f" at or after data.time.until {until.isoformat()}" if until else ""
         raise DataError(f"{source.uri} has no valid rows{since}")
@@ -162,7 +162,7 @@ def _check_digest(path: Path, source: Source, name: str) -> None:
 def _download(source: Source) -> Path:
     """The file of an `https:` source in the cache; only a file with the right digest gets there."""
     assert source.sha256 is not None  # the contract sees to it
-    path = cache_folder() / source.sha256 / PurePosixPath(httpx.URL(source.uri).path).name
+    path = cache_folder() / source.sha256 / PurePosixPath(urlsplit(source.uri).path).name
     if path.is_file() and sha256(path) == source.sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +180,7 @@ def _download(source: Source) -> Path:
 
 def _fetch(url: str, path: Path) -> None:
     """Stream a URL into a file; on a terminal a bar shows after a second."""
+    import httpx
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -18,7 +18,7 @@ from driftmill import bundle, features
 from driftmill.bundle import Manifest
 from driftmill.contract import Contract
 from driftmill.data import prepare
-from driftmill.tabular.fit import MODEL, RECORD
+from driftmill.tabular import MODEL, RECORD
 
 log = logging.getLogger("driftmill")
 
@@ -50,7 +50,7 @@ def assemble(contract: Contract, data: Path, fits: list[Path], out: Path) -> Man
         contract=contract,
         signature=sign,
         model=folder / MODEL,
-        reference=reference(contract, prepared.train)[columns],
+        reference=reference(contract, prepared.test)[columns],
         examples=examples(contract, prepared.train)[columns],
         family=best["family"],
         params=best["params"],
@@ -76,15 +76,19 @@ def choose(
     return max(scored, key=lambda item: contract.metric.sign * item[1]["score"])
 
 
-def reference(contract: Contract, train: pd.DataFrame) -> pd.DataFrame:
-    """The rows that the monitor compares with: up to 10,000 of the training rows. Where there is a
-    time the newest, as the stream goes on from there; else drawn by seed. In the table's order."""
-    if len(train) <= REFERENCE_ROWS:
-        return train
+def reference(contract: Contract, test: pd.DataFrame) -> pd.DataFrame:
+    """The rows that the monitor compares with: up to 10,000 of the test rows, in their order.
+
+    Test rows, as the model has not learnt from them: what it says about them is what it will say
+    about rows like them. Where there is a time they are also the newest, and the stream goes on
+    from there: after a retraining on old and new rows they are the new world, not the mixture.
+    """
+    if len(test) <= REFERENCE_ROWS:
+        return test
     if contract.data.time is not None:
-        return train.tail(REFERENCE_ROWS)
-    chosen = np.random.default_rng(contract.train.seed).permutation(len(train))[:REFERENCE_ROWS]
-    return train.iloc[np.sort(chosen)]
+        return test.tail(REFERENCE_ROWS)
+    chosen = np.random.default_rng(contract.train.seed).permutation(len(test))[:REFERENCE_ROWS]
+    return test.iloc[np.sort(chosen)]
 
 
 def examples(contract: Contract, train: pd.DataFrame) -> pd.DataFrame:

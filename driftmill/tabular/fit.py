@@ -29,12 +29,11 @@ from driftmill import features
 from driftmill.contract import Contract
 from driftmill.data import prepare
 from driftmill.serving.session import Session
-from driftmill.tabular import candidates, export
+from driftmill.tabular import MODEL, RECORD, candidates, export
 from driftmill.tabular.search import search
 
 log = logging.getLogger("driftmill")
 
-MODEL, RECORD = "model.onnx", "fit.json"
 #: The refit uses one core for every so many rows: below that, threads cost more than they bring.
 ROWS_PER_CORE = 50_000
 #: Rows with missing values and unknown categories on which the export is tried as well.

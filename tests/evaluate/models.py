@@ -168,60 +168,6 @@ def three_labels(folder: Path, of: Contract) -> Bundle:
     return _bundle(folder, of, model, sizes_frame(500, seed=3), None)
 
 
-def sizes() -> Contract:
-    """A contract of three labels: small, middle and large x."""
-    return contract.parse(
-        NUMBERS.replace("regression", "classification").replace(
-            "target: y", "target: {name: y, labels: [small, middle, large]}"
-        )
-    )
-
-
-def sizes_frame(rows: int, seed: int = 0) -> pd.DataFrame:
-    """Rows of the contract `sizes`."""
-    frame = numbers_frame(rows, seed)
-    return frame.assign(y=np.array(["small", "middle", "large"])[np.digitize(frame["y"], [3, 17])])
-
-
-def three_labels(folder: Path, of: Contract) -> Bundle:
-    """A bundle of the contract `sizes`."""
-    nodes = [
-        helper.make_node("MatMul", ["numeric", "weight"], ["product"]),
-        helper.make_node("Add", ["product", "offset"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
-    ]
-    constants = {"weight": np.array([[-1.0, 0.0, 1.0]]), "offset": np.array([0.0, 2.0, 0.0])}
-    model = _save(folder, nodes, constants, "probabilities", 3, numeric=1)
-    return _bundle(folder, of, model, sizes_frame(500, seed=3), None)
-
-
-def sizes() -> Contract:
-    """A contract of three labels: small, middle and large x."""
-    return contract.parse(
-        NUMBERS.replace("regression", "classification").replace(
-            "target: y", "target: {name: y, labels: [small, middle, large]}"
-        )
-    )
-
-
-def sizes_frame(rows: int, seed: int = 0) -> pd.DataFrame:
-    """Rows of the contract `sizes`."""
-    frame = numbers_frame(rows, seed)
-    return frame.assign(y=np.array(["small", "middle", "large"])[np.digitize(frame["y"], [3, 17])])
-
-
-def three_labels(folder: Path, of: Contract) -> Bundle:
-    """A bundle of the contract `sizes`."""
-    nodes = [
-        helper.make_node("MatMul", ["numeric", "weight"], ["product"]),
-        helper.make_node("Add", ["product", "offset"], ["logits"]),
-        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=1),
-    ]
-    constants = {"weight": np.array([[-1.0, 0.0, 1.0]]), "offset": np.array([0.0, 2.0, 0.0])}
-    model = _save(folder, nodes, constants, "probabilities", 3, numeric=1)
-    return _bundle(folder, of, model, sizes_frame(500, seed=3), None)
-
-
 def numbers() -> Contract:
     """The contract `NUMBERS`."""
     return contract.parse(NUMBERS)

@@ -122,8 +122,9 @@ def test_a_rounded_threshold_sorts_every_float32_as_before(
     assert rounded.dtype == np.float32
     with np.errstate(over="ignore"):
         near = values.astype(np.float32)
+        up = np.nextafter(near, np.float32(np.inf))
+        down = np.nextafter(near, np.float32(-np.inf))
     drawn = data.draw(st.lists(st.floats(allow_nan=False, width=32), max_size=20))
-    up, down = np.nextafter(near, np.float32(np.inf)), np.nextafter(near, np.float32(-np.inf))
     for x in (near, up, down, *np.array(drawn, dtype=np.float32)):
         finite = np.isfinite(x) & np.isfinite(values)
         before = np.asarray(x, dtype=np.float64) <= values
