@@ -30,7 +30,7 @@ demo: $(STAMP) ## Run the whole loop: make demo [EXAMPLE=payments|bike-sharing].
 	$(BIN)/driftmill demo $(EXAMPLE)
 
 test: $(STAMP) lint ## Lint, type-check and run every test, with coverage.
-	$(BIN)/python -m pytest --cov --cov-report=term --durations=10
+	$(BIN)/python -m pytest --cov --durations=10
 
 test-fast: $(STAMP) ## Run the tests that take less than a few seconds each.
 	$(BIN)/python -m pytest -m 'not slow'
@@ -47,8 +47,12 @@ format: $(STAMP) ## Rewrite the code in the project's style.
 benchmarks: $(STAMP) ## Measure what the README quotes; results go to benchmarks/results/.
 	$(BIN)/python -m benchmarks
 
-constraints: $(STAMP) ## Pin what is installed now into constraints.txt.
-	$(BIN)/uv pip freeze --python $(BIN)/python --exclude-editable > constraints.txt
+constraints: ## Bring constraints.txt up to the newest versions that pyproject.toml allows.
+	$(BIN)/uv pip compile pyproject.toml --extra dev --upgrade --python-version 3.11 \
+		--no-annotate --no-header --output-file constraints.txt
+
+docs: $(STAMP) ## Write docs/contract.md anew from the contract's schema.
+	$(BIN)/driftmill schema --markdown > docs/contract.md
 
 clean: ## Remove the environment and everything built.
 	-test -x $(BIN)/driftmill && $(BIN)/driftmill down

@@ -59,7 +59,7 @@ class Settings:
 
 SETTINGS = {
     "payments": Settings(rate=200, label_delay=1.0, rows_after=2000, block=500),
-    "bike-sharing": Settings(rate=170, label_delay=2.0, rows_after=None, block=336),
+    "bike-sharing": Settings(rate=150, label_delay=2.0, rows_after=None, block=336),
 }
 
 
@@ -363,6 +363,8 @@ def _look(home: Home, model: str, watched: Watched) -> list[str]:
     finally:
         ledger.close()
     for decision in decisions[len(watched.decisions) :]:
+        if decision.code in ("duplicate", "running"):
+            continue  # the page has them all
         said.append(f"controller: {decision.action}: {decision.reason}")
     watched.decisions = decisions
     history = rollout.history(home.store, model)

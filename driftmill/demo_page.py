@@ -11,8 +11,10 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 from driftmill.contract import Contract
 from driftmill.monitor.drift import WindowResult
@@ -254,7 +256,7 @@ def _traffic(axes: Axes, story: Story) -> None:
     ]
     axes.stackplot(edges[:-1], *counts, colors=list(colours.values()), step="post", alpha=0.75)
     axes.set_ylabel("predictions / s")
-    _legend(axes, colours)
+    _legend(axes, [Patch(color=c, label=v, alpha=0.75) for v, c in colours.items()])
 
 
 def _drift(axes: Axes, story: Story) -> None:
@@ -293,18 +295,18 @@ def _quality(axes: Axes, story: Story) -> None:
     )
     axes.plot(frame["at"], frame["served"], color="#009E73", linewidth=2.0, label="served")
     axes.set_ylabel(story.contract.metric.name)
-    axes.legend(loc="lower left", fontsize=8.5, labelcolor="linecolor", ncols=2)
+    _legend(axes, axes.get_legend_handles_labels()[0])
 
 
-def _legend(axes: Axes, colours: dict[str, str]) -> None:
-    from matplotlib.patches import Patch
-
+def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
+    """Below the plot, where it covers nothing."""
     axes.legend(
-        handles=[Patch(color=c, label=v, alpha=0.75) for v, c in colours.items()],
-        loc="lower left",
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(-0.01, -0.13),
         fontsize=8.5,
         labelcolor=GREY,
-        ncols=3,
+        ncols=6,
     )
 
 
