@@ -22,7 +22,7 @@ def run(example: str) -> dict[str, object]:
     with tempfile.TemporaryDirectory(prefix="driftmill-benchmark-") as folder:
         began = time.monotonic()
         subprocess.run(
-            [sys.executable, "-m", "driftmill.cli", "demo", example],
+            [sys.executable, "-m", "driftmill", "demo", example],
             check=True,
             stdout=subprocess.DEVNULL,
             env={**os.environ, "DRIFTMILL_HOME": folder},
