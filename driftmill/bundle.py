@@ -15,6 +15,7 @@ same version. Nothing in a bundle is executed when it is loaded.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -255,16 +256,36 @@ def load(folder: Path, model: str | None = None) -> Bundle:
 
 
 def fetch(store: Store, model: str, version: str, cache: Path | None = None) -> Bundle:
-    """Load a version from the store. Raises BundleError, also where it is not there."""
-    into = cache or Path(tempfile.gettempdir()) / "driftmill-bundles"
-    try:
-        folder = store.get_folder(key(model, version), into)
-    except FileNotFoundError:
-        raise BundleError(f"{model} has no version {version} in {store.uri}") from None
+    """Load a version from the store; arguments and errors are those of `locate` and `load`."""
+    folder = locate(store, model, version, cache)
     bundle = load(folder, model)
     if bundle.version != version:
         raise BundleError(f"{folder} holds version {bundle.version}, not {version}")
     return bundle
+
+
+def locate(store: Store, model: str, version: str, cache: Path | None = None) -> Path:
+    """A local folder with a version, unverified.
+
+    Args:
+        store: where it lies.
+        model: whose it is.
+        version: which one.
+        cache: folder for the copy from a remote store, of this process alone; default: one that
+            goes when the process ends.
+
+    Raises:
+        BundleError: it is not there.
+    """
+    try:
+        return store.get_folder(key(model, version), cache or Path(_cache().name))
+    except FileNotFoundError:
+        raise BundleError(f"{model} has no version {version} in {store.uri}") from None
+
+
+@functools.cache
+def _cache() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="driftmill-bundles-")
 
 
 def code_version() -> str:

@@ -851,7 +851,7 @@ def _mirror(home: Home, now: Rollout, model: str) -> None:
     """Let the tracking server's aliases follow a person's change."""
     from driftmill import bundle, tracking
 
-    folder = home.store.get_folder(bundle.key(model, now.champion), home.folder / "bundles")
+    folder = bundle.locate(home.store, model, now.champion)
     os.environ.setdefault("MLFLOW_TRACKING_URI", home.tracking_uri)
     said = tracking.mirror(bundle.read_manifest(folder).contract, home.store)
     if said.startswith("unavailable"):

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 
 import numpy as np
 import pandas as pd
@@ -105,6 +106,7 @@ def main(
         return 2
     path = EXAMPLES / example / "contract.yaml"
     place = _place(home, example)
+    signal.signal(signal.SIGTERM, _end)
     stack.down(place)
     if place.folder.exists():
         shutil.rmtree(place.folder)
@@ -121,6 +123,11 @@ def main(
     finally:
         if not keep:
             stack.down(place)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """End like after Ctrl-C: with everything that was started."""
+    raise SystemExit(128 + number)
 
 
 def _place(home: Home, example: str) -> Home:
@@ -240,20 +247,23 @@ def _run(
 def _training(path: Path, home: Home) -> Iterator[subprocess.Popen[bytes]]:
     """The first training, beside the start of the stack. It never outlives the demo."""
     with (home.folder / "first-training.log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "pipelines.run"),
-                *("--contract", str(path), "--trigger", "the first model"),
-            ],
-            env={**os.environ, **home.environment()},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = None
         try:
+            with stack.hold_signals() as held:  # no process may start without being known
+                process = subprocess.Popen(
+                    [
+                        *(sys.executable, "-m", "pipelines.run"),
+                        *("--contract", str(path), "--trigger", "the first model"),
+                    ],
+                    env={**os.environ, **home.environment()},
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            stack.raise_held(held)
             yield process
         finally:
-            if process.poll() is None:
+            if process is not None and process.poll() is None:
                 process.send_signal(signal.SIGTERM)  # it ends its steps itself
                 process.wait()
 

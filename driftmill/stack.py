@@ -130,7 +130,7 @@ def up(
     path = contract_path.resolve()
     document = contracts.load(path)
     wanted = ["tabular", *(["monitor"] if monitor else []), *(["controller"] if controller else [])]
-    with _lock(home), _stop_signals() as stopped, ExitStack() as undo:
+    with _lock(home), hold_signals() as stopped, ExitStack() as undo:
         known = services(home)
         running = {name: s for name, s in known.items() if _process(s) is not None}
         _check_same(running, document, path)
@@ -160,7 +160,7 @@ def up(
             write_atomic(_record(home, name), json.dumps(asdict(service), indent=1).encode())
             running[name] = service
             children.append((service, child, offset))
-            _raise_if(stopped)
+            raise_held(stopped)
         has_model = rollout.read(home.store, document.model) is not None
         until = time.monotonic() + deadline
         for service, child, offset in children:
@@ -276,7 +276,7 @@ def _lock(home: Home) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
+def hold_signals() -> Iterator[list[int]]:
     """Collect SIGINT and SIGTERM instead of dying of them, so that no process is started without
     being written down. Signals reach the main thread only; elsewhere nothing changes."""
     received: list[int] = []
@@ -295,7 +295,8 @@ def _stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _raise_if(stopped: list[int]) -> None:
+def raise_held(stopped: list[int]) -> None:
+    """Die of the first signal that was held, if any, as without the holding."""
     if stopped:
         if stopped[0] == signal.SIGINT:
             raise KeyboardInterrupt
@@ -451,7 +452,7 @@ def _await(
     offset: int,
 ) -> None:
     while _get(service.port, page) != 200:
-        _raise_if(stopped)
+        raise_held(stopped)
         if child.poll() is not None:
             raise StackError(
                 f"{service.name} stopped with exit code {child.returncode} while it started;"
@@ -463,7 +464,7 @@ def _await(
                 f" the end of {service.log}:\n{_tail(Path(service.log), offset)}"
             )
         time.sleep(0.1)
-    _raise_if(stopped)
+    raise_held(stopped)
 
 
 def _get(port: int, page: str) -> int | None:

@@ -138,16 +138,16 @@ class Store:
 
     def get_folder(self, key: str, into: Path) -> Path:
         """A local folder with the files of `key`: the folder itself where the store is one, else a
-        copy below `into`. Raises FileNotFoundError."""
+        copy below `into`, which no other process may use. Raises FileNotFoundError."""
         if self.folder is not None:
             path = Path(self._path(key))
             if not path.is_dir():
                 raise FileNotFoundError(f"{self.uri}/{key}")
             return path
-        target = into / key
         keys = self.list(key)
         if not keys:
             raise FileNotFoundError(f"{self.uri}/{key}")
+        target = into / key
         for file in keys:
             path = into / file
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,18 +19,16 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from driftmill import bundle, rollout
-from driftmill.bundle import PREDICTION, SCORE, BundleError, Manifest
+from driftmill.bundle import PREDICTION, SCORE, Manifest
 from driftmill.contract import Contract
 from driftmill.features import Signature
 from driftmill.monitor import drift, quality
@@ -385,11 +383,7 @@ def reference(store: Store, model: str, version: str) -> tuple[Manifest, Signatu
     Raises:
         BundleError: it is not there, or damaged.
     """
-    cache = Path(tempfile.gettempdir()) / "driftmill-bundles"
-    try:
-        folder = store.get_folder(bundle.key(model, version), cache)
-    except FileNotFoundError:
-        raise BundleError(f"{model} has no version {version} in {store.uri}") from None
+    folder = bundle.locate(store, model, version)
     manifest = bundle.verify(folder)
     signature = Signature.model_validate_json((folder / "schema.json").read_bytes())
     return manifest, signature, pd.read_parquet(folder / "reference.parquet")

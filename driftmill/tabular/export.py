@@ -141,7 +141,8 @@ def round_down(values: np.ndarray) -> np.ndarray:
     """The largest float32 at or below each float64."""
     with np.errstate(over="ignore"):
         nearest = np.asarray(values, dtype=np.float32)
-    return np.where(nearest > values, np.nextafter(nearest, np.float32(-np.inf)), nearest)
+        below = np.nextafter(nearest, np.float32(-np.inf))
+    return np.where(nearest > values, below, nearest)
 
 
 def _constant(pipeline: Pipeline, inputs: list[tuple[str, Any]]) -> onnx.GraphProto:

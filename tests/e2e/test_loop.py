@@ -26,6 +26,8 @@ from driftmill.retrain.ledger import Ledger
 
 pytestmark = pytest.mark.slow
 
+EXAMPLE = "examples/payments/contract.yaml"
+
 #: The demo's data without its change: nothing a new model could be better at.
 CONTRACT = """
 apiVersion: driftmill/v1
@@ -46,11 +48,8 @@ tracking: none
 
 
 def contract_text(candidate: str) -> str:
-    columns = [
-        c.model_dump(mode="json", exclude_defaults=True)
-        for c in load("examples/payments/contract.yaml").data.columns
-    ]
-    payments = load("examples/payments/contract.yaml")
+    columns = [c.model_dump(mode="json", exclude_defaults=True) for c in load(EXAMPLE).data.columns]
+    payments = load(EXAMPLE)
     assert payments.data.time is not None
     assert payments.data.time.until is not None
     until = payments.data.time.until.isoformat()
@@ -179,9 +178,17 @@ def test_ctrl_c_leaves_no_process_and_a_good_store(tmp_path: Path, line: str) ->
     assert processes_of(tmp_path) == []
     place = homes.find(tmp_path / "demo-payments")
     rollout.history(place.store, "payments")
-    for command, code in (("status", 5), ("runs", 0), ("decisions", 0)):
+    for command, code in (("status", 5), (f"runs {EXAMPLE}", 0), (f"decisions {EXAMPLE}", 0)):
         done = subprocess.run(
-            [sys.executable, "-m", "driftmill", "--home", str(place.folder), command, "--json"],
+            [
+                sys.executable,
+                "-m",
+                "driftmill",
+                "--home",
+                str(place.folder),
+                *command.split(),
+                "--json",
+            ],
             capture_output=True,
             text=True,
         )
