@@ -11,9 +11,12 @@ So a controller may be killed at any instant, and several may work on one ledger
 
 from __future__ import annotations
 
+import fcntl
+import os
+import sqlite3
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -446,8 +449,8 @@ def _engine(url: str) -> Engine:
             url = "postgresql+psycopg://" + url.removeprefix(scheme)
     try:
         parsed = make_url(url)
-        if parsed.get_backend_name() == "sqlite" and parsed.database:
-            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        if parsed.get_backend_name() == "sqlite" and parsed.database not in (None, "", ":memory:"):
+            _write_ahead(Path(parsed.database))
         engine = create_engine(parsed, pool_pre_ping=parsed.get_backend_name() != "sqlite")
     except ModuleNotFoundError as error:
         raise LedgerError(
@@ -455,7 +458,7 @@ def _engine(url: str) -> Engine:
         ) from error
     except (ArgumentError, ValueError) as error:
         raise LedgerError(f"DRIFTMILL_LEDGER is not a usable SQLAlchemy URL: {error}") from error
-    except OSError as error:
+    except (OSError, sqlite3.Error) as error:
         raise LedgerError(f"the ledger cannot be opened: {error}") from error
     if engine.dialect.name == "sqlite":
         event.listen(engine, "connect", _sqlite_connect)
@@ -465,11 +468,25 @@ def _engine(url: str) -> Engine:
     return engine
 
 
+def _write_ahead(path: Path) -> None:
+    """Put a SQLite file into write-ahead mode, in which it then stays.
+
+    One process at a time, as SQLite does not wait for others when it changes the mode, but fails.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        with closing(sqlite3.connect(path, timeout=30)) as connection:
+            connection.execute("PRAGMA journal_mode = WAL")
+    finally:
+        os.close(folder)
+
+
 def _sqlite_connect(connection: Any, _record: object) -> None:
     # The driver must not begin transactions by itself: `_sqlite_begin` does.
     connection.isolation_level = None
     connection.execute("PRAGMA busy_timeout = 30000")
-    connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
 
 

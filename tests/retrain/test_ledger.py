@@ -193,7 +193,7 @@ def test_the_database_itself_refuses_a_second_active_run_and_a_second_key(url: s
 
 def test_threads_with_ledgers_of_their_own_start_one_run(url: str) -> None:
     """Half of them deliver one incident, half of them deliver one each."""
-    barrier = threading.Barrier(16)
+    barrier = threading.Barrier(16, timeout=30)
 
     def work(number: int) -> list[str]:
         ledger = Ledger(url)  # all at once: the tables are made once, too
