@@ -38,7 +38,11 @@ def main() -> None:
     parser.add_argument("--example", action="append", help="default: payments and bike-sharing")
     parser.add_argument("--runs", type=int, default=3, help="runs of each (default 3)")
     options = parser.parse_args()
+    path = RESULTS / "demo.json"
+    # Examples that are not run this time keep what was measured before.
+    before = json.loads(path.read_text()) if path.exists() else {}
     results: dict[str, object] = {
+        **before,
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -57,8 +61,8 @@ def main() -> None:
                 f"  {name:34}{statistics.median(values):9.1f}{min(values):8.1f}{max(values):8.1f}"
             )
         results[example] = table
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "demo.json").write_text(json.dumps(results, indent=1) + "\n")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

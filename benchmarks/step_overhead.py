@@ -60,7 +60,7 @@ def recorded(store: str, name: str) -> None:
 def in_pipeline(store: str | None) -> float:
     """Seconds for `STEPS` steps in a row; with a store they record themselves."""
 
-    @dsl.pipeline(name="overhead")
+    @dsl.pipeline(name="overhead")  # type: ignore[untyped-decorator]
     def pipeline() -> None:
         before: Any = None
         for i in range(STEPS):

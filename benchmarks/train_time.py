@@ -28,7 +28,7 @@ from driftmill import bundle, contract
 from driftmill.contract import Contract
 from driftmill.data import prepare
 from driftmill.evaluate import metrics
-from driftmill.tabular import assemble, candidates, fit
+from driftmill.tabular import MODEL, assemble, candidates, fit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RESULT = Path(__file__).parent / "results" / "train_time.json"
@@ -63,7 +63,7 @@ def measure(name: str, of: Contract, folder: Path) -> list[dict[str, Any]]:
                 "cv_std": record["score_std"],
                 "test_score": metrics.score(of.metric.name, y, loaded.predict(prepared.test)),
                 "parity": record["parity"],
-                "model_mb": round((folder / family / fit.MODEL).stat().st_size / 1e6, 3),
+                "model_mb": round((folder / family / MODEL).stat().st_size / 1e6, 3),
             }
         )
     return results

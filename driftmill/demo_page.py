@@ -207,9 +207,9 @@ def _svg(draw: object, story: Story) -> str:
 
 def _mark(axes: Axes, marks: dict[str, float]) -> None:
     """Vertical lines, their names staggered so that close ones stay readable."""
-    top = axes.get_ylim()[1]
-    bottom = axes.get_ylim()[0]
+    bottom, top = axes.get_ylim()
     height = top - bottom
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= top])
     axes.set_ylim(bottom, top + 0.34 * height)
     for i, (name, at) in enumerate(sorted(marks.items(), key=lambda m: m[1])):
         axes.axvline(at, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
