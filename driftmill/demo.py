@@ -14,10 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 
@@ -154,8 +153,8 @@ def _run(
     began = time.time()
     console.print(f"[bold]Driftmill demo: {example}[/bold]   {document.description}")
 
-    def say(text: str, at: float | None = None) -> None:
-        console.print(f"{(at or time.time()) - began:7.1f} s  {text}", markup=False)
+    def say(text: str) -> None:
+        console.print(f"{time.time() - began:7.1f} s  {text}", markup=False)
 
     stream = sources.stream(document)
     say(
@@ -286,10 +285,9 @@ async def _traffic(
     stream: pd.DataFrame,
     onset_row: int | None,
     watched: Watched,
-    say: object,
+    say: Callable[[str], None],
 ) -> replay.ReplayResult:
     """Send the stream, and look what happens, until enough has."""
-    assert callable(say)
     stop = asyncio.Event()
     seen: dict[str, int] = {}
     progress = Progress(
@@ -610,20 +608,16 @@ def _events(
         )
     for run in watched.runs:
         if run.state in ("rejected", "stopped", "failed") and run.ended is not None:
-            at = _epoch(run.ended) - began
+            at = run.ended.timestamp() - began
             events.append(Event(at, f"run {run.state}", run.reason or ""))
     return sorted(events, key=lambda e: e.at)
-
-
-def _epoch(at: datetime) -> float:
-    return at.timestamp()
 
 
 def _decisions(watched: Watched, began: float) -> pd.DataFrame:
     return pd.DataFrame(
         [
             {
-                "second": f"{_epoch(d.at) - began:.1f}",
+                "second": f"{d.at.timestamp() - began:.1f}",
                 "trigger": d.trigger,
                 "answer": d.action,
                 "reason": d.reason,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,8 +176,7 @@ def _table(head: list[str], rows: list[list[str]], numbers: set[int] | None = No
     )
 
 
-def _svg(draw: object, story: Story) -> str:
-    assert callable(draw)
+def _svg(draw: Callable[[Axes, Story], None], story: Story) -> str:
     with mpl.rc_context(
         {
             "font.size": 10,

@@ -40,7 +40,7 @@ def test_json_reads_back_as_the_same_contract() -> None:
 
 def test_it_is_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        contract.parse(CONTRACT).model = "other"
+        contract.parse(CONTRACT).model = "other"  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.parent.name)

@@ -48,7 +48,9 @@ def mixed(rows: int = 200) -> pd.DataFrame:
             "customer_id": [f"c-{i}" for i in range(rows)],
             "when": pd.date_range("2024-01-01", periods=rows, freq="h").astype(str),
             "amount": rng.normal(100, 20, rows).round(2),
-            "age": np.where(rng.random(rows) < 0.1, None, rng.integers(18, 90, rows).astype(str)),
+            "age": np.where(
+                rng.random(rows) < 0.1, np.array(None), rng.integers(18, 90, rows).astype(str)
+            ),
             "city": rng.choice(["Zürich", "São Paulo", "北京", "a: b", "x, y", "no"], rows),
             "vip": rng.choice(["True", "False"], rows),
             "constant": "same",

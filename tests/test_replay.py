@@ -45,7 +45,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        status, answer = 200, {}
+        status = 200
+        answer: dict[str, Any] = {}
         if self.path == "/feedback":
             self.server.labels += body["labels"]
             answer = {"accepted": len(body["labels"])}
@@ -191,7 +192,7 @@ def test_records_are_json_of_the_contracts_types(values: list[tuple[Any, Any, An
 def test_times_booleans_and_numeric_labels() -> None:
     document = regression()
     rows = pd.DataFrame({"open": [1.0, 0.0], "price": [2.5, np.nan]})
-    rows[TIME] = pd.to_datetime(["2011-01-01T05:00:00Z", None])
+    rows[TIME] = pd.to_datetime(pd.Series(["2011-01-01T05:00:00Z", None]))
     first, second = replay.records(rows, document)
     assert first == {"open": True, "_time": "2011-01-01T05:00:00+00:00"}
     assert second == {"open": False}

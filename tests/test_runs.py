@@ -173,7 +173,7 @@ def test_every_run_has_an_outcome(
             name=name,
             started=started + timedelta(seconds=i),
             ended=None if state == "running" else started + timedelta(seconds=i + 1),
-            state=state,  # type: ignore[arg-type]
+            state=state,
             reason="why" if state in ("stopped", "failed") else "",
             facts={"refused": "the rollout changed"} if name == "promote" else {},
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -125,7 +126,8 @@ def test_the_same_rows_give_the_same_fingerprints(tmp_path: Path) -> None:
 def test_bad_rows_are_kept_with_their_reasons(tmp_path: Path) -> None:
     frame = history().astype({"amount": object})
     frame.loc[3, "amount"] = "much"
-    frame.loc[5, ["amount", "fraud"]] = [-1, "perhaps"]
+    frame.loc[5, "amount"] = -1
+    frame.loc[5, "fraud"] = "perhaps"
     frame.loc[110, "amount"] = "a row of the stream"
     of = write(tmp_path, frame)
     info = prepare.prepare(of, tmp_path / "out")
@@ -179,7 +181,8 @@ def test_labelled_rows_of_the_log_are_learnt_from(tmp_path: Path, store: Store) 
 
 def test_the_newest_of_two_rows_with_one_id_wins(tmp_path: Path, store: Store) -> None:
     of = write(tmp_path, history())
-    row = tiny_frame(1).assign(**{ID: "o3", TIME: pd.Timestamp("2026-01-01T03:00Z")})
+    marks: dict[str, Any] = {ID: "o3", TIME: pd.Timestamp("2026-01-01T03:00Z")}
+    row = tiny_frame(1).assign(**marks)
     for day in (1, 2):
         at = datetime(2026, 2, day, tzinfo=UTC)
         write_log(store, row.assign(amount=100.0 * day), {f"w{day}-0": "yes"}, at, f"w{day}")
@@ -263,4 +266,4 @@ def test_the_payments_example(tmp_path: Path) -> None:
     assert (info.read_rows, info.rows, info.quarantined) == (4000, 3000, 0)
     assert len(stream) == 12000
     assert prepare.read(tmp_path).train["channel"].isin(["web", "app", "store"]).all()
-    assert (stream["channel"] == "wallet").idxmax() >= 2000
+    assert cast(int, (stream["channel"] == "wallet").idxmax()) >= 2000

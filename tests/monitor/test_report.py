@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from driftmill import contract, features, rollout
-from driftmill.bundle import Manifest
+from driftmill.bundle import BundleError, Manifest
 from driftmill.contract import Contract
 from driftmill.monitor import report, windows
 from driftmill.monitor.windows import Monitor
@@ -112,6 +112,6 @@ def test_reports_of_windows(
         assert kept.evidently["metrics"]
     # A report that failed is not tried at every start.
     again = Monitor(tiny, store)
-    with pytest.raises(windows.BundleError):
+    with pytest.raises(BundleError):
         again.tick()
     assert again.unreported == []

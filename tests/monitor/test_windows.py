@@ -274,9 +274,10 @@ def test_killed_at_any_write_it_loses_and_doubles_nothing(
         for key in late:
             store.delete(key)
         monitor = Monitor(tiny, Mortal(store.uri, writes, after))
-        steps = [lambda: None, lambda: [store.write(k, v) for k, v in late.items()]]
-        for step in steps:
-            step()
+        parts: list[dict[str, bytes]] = [{}, late]
+        for part in parts:
+            for key, content in part.items():
+                store.write(key, content)
             try:
                 work(monitor)
             except Killed:

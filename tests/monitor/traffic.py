@@ -35,7 +35,7 @@ def answer(
     end = at or datetime.now(UTC)
     names = [c.name for c in signature.columns]
     records: list[dict[str, Any]] = [
-        {k: None if pd.isna(v) else v for k, v in row.items()}
+        {str(k): None if pd.isna(v) else v for k, v in row.items()}
         for row in frame[names].to_dict("records")
     ]
     ids = [uuid.uuid4().hex for _ in records]

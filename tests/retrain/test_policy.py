@@ -45,7 +45,7 @@ def test_starts_when_nothing_objects() -> None:
 def test_the_first_check_that_objects_answers(index: int) -> None:
     """With this check and all later ones objecting, this one gives the answer."""
     settings: dict[str, Any] = {}
-    facts = {"fresh_rows": 800, "serving": ("v1",)}
+    facts: dict[str, Any] = {"fresh_rows": 800, "serving": ("v1",)}
     for _, more_settings, more_facts in CHECKS[index:]:
         settings |= more_settings
         facts |= more_facts
@@ -57,7 +57,7 @@ def test_the_first_check_that_objects_answers(index: int) -> None:
 def test_each_check_objects_alone(
     code: str, settings: dict[str, Any], facts: dict[str, Any]
 ) -> None:
-    known = {"fresh_rows": 800, "serving": ("v1",)} | facts
+    known: dict[str, Any] = {"fresh_rows": 800, "serving": ("v1",)} | facts
     answer = decide(Retrain(**settings), DRIFT, Facts(**known), NOW)
     assert (answer.start, answer.code) == (False, code)
     assert answer.reason[0].isupper() or answer.reason[0].isdigit()

@@ -264,7 +264,7 @@ def test_who_may_post(service: Service) -> None:
     for path in ("/alerts", "/trigger", "/reset"):
         assert service.client.post(path, json=drift()).status_code == 401
         for token in ("wrong", "-", TOKEN + "x", TOKEN.upper(), "ä"):
-            headers = {"Authorization": f"Bearer {token}".encode()}
+            headers = {b"Authorization": f"Bearer {token}".encode()}
             answer = service.client.post(path, json=drift(), headers=headers)
             assert answer.status_code == 401, token
             assert answer.headers["WWW-Authenticate"] == "Bearer"

@@ -165,8 +165,8 @@ def test_numbers_fill_scale_and_indicate(seed: int, scale: bool) -> None:
     rng = np.random.default_rng(seed)
     values = rng.normal(rng.normal(0, 1e3), 10, (30, 3)).astype(np.float32)
     values[rng.random(values.shape) < 0.2] = np.nan
-    step = candidates.Numbers(scale=scale).fit(values)
-    result = step.transform(values)
+    step = candidates.Numbers(scale=scale).fit(pd.DataFrame(values))
+    result = step.transform(pd.DataFrame(values))
     assert result.dtype == np.float32
     assert not np.isnan(result).any()
     assert result.shape == (30, 3 + np.isnan(values).any(axis=0).sum())
