@@ -302,7 +302,7 @@ def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
     axes.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(-0.01, -0.13),
+        bbox_to_anchor=(-0.01, -0.2),
         fontsize=8.5,
         labelcolor=GREY,
         ncols=6,
@@ -322,7 +322,7 @@ h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 p { margin: .3rem 0 .6rem; color: var(--soft); max-width: 46rem; }
 .lead { color: var(--ink); }
 .verdict { font-weight: 600; } .good { color: var(--good); } .bad { color: var(--bad); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem;
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.4rem, 1fr)); gap: .6rem;
   margin-top: 1rem; }
 .facts div { background: var(--panel); border-radius: .5rem; padding: .6rem .8rem; }
 .facts b { display: block; font-size: 1.25rem; }
