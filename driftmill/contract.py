@@ -30,8 +30,6 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-API_VERSION = "driftmill/v1"
-
 Task = Literal["classification", "regression"]
 Family = Literal["linear", "random-forest", "hist-gradient-boosting"]
 MetricName = Literal["auc", "accuracy", "f1", "log_loss", "brier", "rmse", "rmsle", "mae", "r2"]
@@ -536,11 +534,11 @@ class Retrain(Section):
 
     @model_validator(mode="after")
     def _cron(self) -> Retrain:
+        if self.schedule is None:
+            return self
         from croniter import croniter  # a tenth of this module's import time, and rarely needed
 
-        if self.schedule is not None and (
-            len(self.schedule.split()) != 5 or not croniter.is_valid(self.schedule)
-        ):
+        if len(self.schedule.split()) != 5 or not croniter.is_valid(self.schedule):
             raise ValueError(
                 f"{self.schedule!r} is not a cron expression of five fields, e.g. '0 3 * * *'"
             )

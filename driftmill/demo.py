@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -67,6 +67,8 @@ SETTINGS = {
 class Watched:
     """What was seen while traffic ran; times are seconds since the epoch."""
 
+    ledger: Ledger
+    """Where the controller writes its decisions; open as long as the demo looks."""
     windows: list[tuple[float, WindowResult]] = field(default_factory=list)
     decisions: list[Decision] = field(default_factory=list)
     runs: list[LedgerRun] = field(default_factory=list)
@@ -173,21 +175,21 @@ def _run(
     say(f"first champion {first.champion} promoted: {first.reason}")
 
     onset_row = _onset_row(document, stream)
-    watched = Watched()
-    result = asyncio.run(
-        _traffic(console, document, settings, home, running, stream, onset_row, watched, say)
-    )
-    _look(home, document.model, watched)
+    with closing(Ledger(home.ledger_url)) as ledger:
+        watched = Watched(ledger)
+        result = asyncio.run(
+            _traffic(console, document, settings, home, running, stream, onset_row, watched, say)
+        )
+        _look(home, document.model, watched)
     if not result.answers:
         raise DemoError(f"no request was answered: {dict(result.errors)}")
 
     champions = list(dict.fromkeys(r.champion for r in watched.rollouts))
     first_bundle = bundle.fetch(home.store, document.model, first.champion)
-    answers = _answers(result, stream, began, settings.block)
-    truth = metrics.encode(
-        first_bundle.signature.labels, [a.label for a in result.answers if a.label is not None]
-    )
-    served = _served(result, first_bundle)
+    labelled = [a for a in result.answers if a.label is not None]
+    answers = _answers(labelled, stream, began, settings.block)
+    truth = metrics.encode(first_bundle.signature.labels, [a.label for a in labelled])
+    served = _served(labelled, first_bundle)
     never = first_bundle.predict(stream.iloc[answers["row"].to_numpy()])
     stretches = _stretches(document, answers, truth, served, never, champions[1:])
     times = _times(home, document, watched, result, onset_row)
@@ -354,8 +356,8 @@ def _look(home: Home, model: str, watched: Watched) -> list[str]:
     """Take note of what is new; returns it in words."""
     said: list[str] = []
     now = time.time()
-    known = len(watched.windows)
-    for window in windows.results(home.store, model)[known:]:
+    seen = watched.windows[-1][1].index if watched.windows else None
+    for window in windows.results(home.store, model, after=seen):
         watched.windows.append((now, window))
         changed = [c.name for c in window.columns if c.drifted]
         if window.alarm:
@@ -364,12 +366,8 @@ def _look(home: Home, model: str, watched: Watched) -> list[str]:
                 said.append(f"alarm: window {window.index} drifted again ({', '.join(changed)})")
         elif window.drifted:
             said.append(f"window {window.index} drifted ({', '.join(changed)}); one is not enough")
-    ledger = Ledger(home.ledger_url)
-    try:
-        decisions = list(reversed(ledger.decisions(model, limit=1000)))
-        watched.runs = list(reversed(ledger.runs(model, limit=1000)))
-    finally:
-        ledger.close()
+    decisions = list(reversed(watched.ledger.decisions(model, limit=1000)))
+    watched.runs = list(reversed(watched.ledger.runs(model, limit=1000)))
     for decision in decisions[len(watched.decisions) :]:
         if decision.code in ("duplicate", "running"):
             continue  # the page has them all
@@ -386,10 +384,9 @@ def _look(home: Home, model: str, watched: Watched) -> list[str]:
 
 
 def _answers(
-    result: replay.ReplayResult, stream: pd.DataFrame, began: float, block: int
+    labelled: list[replay.Answer], stream: pd.DataFrame, began: float, block: int
 ) -> pd.DataFrame:
     """What was answered, a row each; see `demo_page.Story`."""
-    labelled = [a for a in result.answers if a.label is not None]
     frame = pd.DataFrame(
         {
             "at": [a.at - began for a in labelled],
@@ -403,9 +400,8 @@ def _answers(
     return frame
 
 
-def _served(result: replay.ReplayResult, first: Bundle) -> np.ndarray:
+def _served(labelled: list[replay.Answer], first: Bundle) -> np.ndarray:
     """What was answered, as the metrics take it."""
-    labelled = [a for a in result.answers if a.label is not None]
     if first.signature.task == "regression":
         return np.array([a.prediction for a in labelled], dtype=np.float64)
     score = np.array([a.score for a in labelled], dtype=np.float64)

@@ -29,7 +29,6 @@ NAMES = ("payments", "stationary")
 KEYS = ("rows", "seed", "onset", "start", "step")
 
 CHANNELS = ("web", "app", "store", "wallet")
-DEVICES = ("phone", "laptop", "terminal")
 MERCHANTS = ("grocery", "fuel", "travel", "electronics", "games")
 
 

@@ -365,9 +365,13 @@ def window_key(model: str, index: int) -> str:
     return f"{_folder(model)}/windows/{index:06d}"
 
 
-def results(store: Store, model: str, last: int | None = None) -> list[WindowResult]:
-    """The results of all windows, or of the last few, oldest first."""
+def results(
+    store: Store, model: str, last: int | None = None, after: int | None = None
+) -> list[WindowResult]:
+    """The results of all windows, of the last few, or of those after an index; oldest first."""
     keys = [k for k in store.list(f"{_folder(model)}/windows") if k.endswith("/result.json")]
+    if after is not None:
+        keys = [k for k in keys if k > f"{window_key(model, after)}/result.json"]
     keys = keys if last is None else keys[max(0, len(keys) - last) :]
     return [WindowResult.model_validate_json(store.read(key)) for key in keys]
 

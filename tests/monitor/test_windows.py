@@ -81,6 +81,8 @@ def test_windows_are_cut_in_order_and_kept(
     assert all(a.to_at < b.from_at for a, b in itertools.pairwise(found))
     assert found == windows.results(store, "tiny")
     assert windows.results(store, "tiny", last=2) == found[1:]
+    assert windows.results(store, "tiny", after=found[0].index) == found[1:]
+    assert windows.results(store, "tiny", after=found[-1].index) == []
     assert monitor.tick() == []
 
 

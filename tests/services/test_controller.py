@@ -184,14 +184,20 @@ def test_killed_between_deciding_and_starting_it_recovers_once(service: Service)
     assert len(service.home.store.list("tiny/runs")) == 2
 
 
-def test_killed_while_a_run_goes_on_it_adopts_the_run(service: Service, tmp_path: Path) -> None:
-    go = tmp_path / "go"
+def killed_while_a_run_goes_on(service: Service, go: Path) -> int:
+    """Kill the controller beside a run that waits for the file `go`; the run's process id."""
     service.start("--wait", str(go))
     service.alert()
     service.until(lambda: service.run().state == "running")
     pid = service.run().pid
     assert pid is not None
     service.kill()
+    return pid
+
+
+def test_killed_while_a_run_goes_on_it_adopts_the_run(service: Service, tmp_path: Path) -> None:
+    go = tmp_path / "go"
+    pid = killed_while_a_run_goes_on(service, go)
     assert psutil.pid_exists(pid)
 
     service.start()
@@ -205,12 +211,7 @@ def test_killed_while_a_run_goes_on_it_adopts_the_run(service: Service, tmp_path
 
 def test_killed_while_a_run_goes_on_that_ends_unseen(service: Service, tmp_path: Path) -> None:
     go = tmp_path / "go"
-    service.start("--wait", str(go))
-    service.alert()
-    service.until(lambda: service.run().state == "running")
-    pid = service.run().pid
-    assert pid is not None
-    service.kill()
+    pid = killed_while_a_run_goes_on(service, go)
     go.touch()
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         time.sleep(0.05)
