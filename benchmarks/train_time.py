@@ -24,11 +24,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from driftmill import bundle, contract
+from driftmill import assemble, bundle, contract
+from driftmill.assemble import MODEL
 from driftmill.contract import Contract
 from driftmill.data import prepare
 from driftmill.evaluate import metrics
-from driftmill.tabular import MODEL, assemble, candidates, fit
+from driftmill.tabular import candidates, fit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RESULT = Path(__file__).parent / "results" / "train_time.json"

@@ -8,6 +8,7 @@
 | `reference.parquet` | rows that the monitor compares with, and the model's output on them |
 | `examples.json` | inputs with expected outputs: loading replays them |
 | `report.html` | how it was judged (added by the gate) |
+| `weights.safetensors` | a network's weights: to explain it, and to go on training from |
 
 The version is the digest of model, schema, reference and examples: the same training gives the
 same version. Nothing in a bundle is executed when it is loaded.
@@ -15,14 +16,18 @@ same version. Nothing in a bundle is executed when it is loaded.
 
 from __future__ import annotations
 
+import base64
 import functools
 import hashlib
 import json
 import platform
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from driftmill import features
 from driftmill.contract import Contract
-from driftmill.features import Signature
+from driftmill.features import EMBEDDING, IMAGE, Signature
 from driftmill.serving.session import Session
 from driftmill.store import Store, sha256, write_atomic
 
@@ -49,6 +54,8 @@ CORE = ("model.onnx", "schema.json", "reference.parquet", "examples.json")
 PREDICTION, SCORE = "_prediction", "_score"
 #: Outputs of the same model on another machine may differ by this much.
 TOLERANCE = 1e-4
+#: Images that go through a model at a time, and reference rows that keep theirs, for people to see.
+BATCH_IMAGES, REFERENCE_IMAGES = 256, 200
 
 
 class BundleError(ValueError):
@@ -104,7 +111,12 @@ class Bundle:
 
     def predict(self, frame: pd.DataFrame) -> np.ndarray:
         """Predict a table: (rows, labels) probabilities or (rows,) numbers."""
-        return self.session.run(*features.arrays(frame, self.signature))
+        if self.signature.image is None:
+            return self.session.run(*features.arrays(frame, self.signature))
+        parts = [
+            self.session.run(*features.arrays(part, self.signature)) for part in _batches(frame)
+        ]
+        return np.concatenate(parts) if parts else np.empty((0, len(self.signature.labels)))
 
 
 def key(model: str, version: str) -> str:
@@ -123,6 +135,7 @@ def write(
     family: str,
     params: dict[str, Any],
     data: dict[str, Any],
+    weights: Path | None = None,
 ) -> Manifest:
     """Write a bundle into an empty folder.
 
@@ -131,27 +144,35 @@ def write(
         contract: what asked for the model.
         signature: what the model takes and gives.
         model: the `.onnx` file.
-        reference: rows (inputs and target) for the monitor; the model's output on them is added.
+        reference: rows (inputs and target) for the monitor; the model's output on them is added,
+            and of images their embeddings (float16, as bytes); some keep the image itself (PNG).
         examples: a few rows whose outputs are replayed at every load.
         family: which candidate it is.
         params: its hyper-parameters.
         data: what it learnt from.
+        weights: a network's `.safetensors` file, if there is one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.onnx").write_bytes(model.read_bytes())
     session = Session(folder / "model.onnx")
     (folder / "schema.json").write_text(signature.model_dump_json(indent=1))
 
-    output = session.run(*features.arrays(reference, signature))
-    answered = reference.assign(**answers(output, signature))
+    answered = _answered(session, signature, reference)
     answered.to_parquet(folder / "reference.parquet", index=False)
+    if weights is not None:
+        (folder / "weights.safetensors").write_bytes(weights.read_bytes())
 
-    numeric, categorical = features.arrays(examples, signature)
-    replay = {
-        "numeric": [[None if np.isnan(v) else float(v) for v in row] for row in numeric],
-        "categorical": categorical.tolist(),
-        "output": session.run(numeric, categorical).tolist(),
-    }
+    arrays = features.arrays(examples, signature)
+    replay: dict[str, Any]
+    if signature.image is not None:
+        replay = {"image": [base64.b64encode(image.tobytes()).decode() for image in arrays[0]]}
+    else:
+        numeric, categorical = arrays
+        replay = {
+            "numeric": [[None if np.isnan(v) else float(v) for v in row] for row in numeric],
+            "categorical": categorical.tolist(),
+        }
+    replay["output"] = session.run(*arrays).tolist()
     (folder / "examples.json").write_text(json.dumps(replay))
     return _write_manifest(
         folder,
@@ -240,8 +261,7 @@ def load(folder: Path, model: str | None = None) -> Bundle:
         signature = Signature.model_validate_json((folder / "schema.json").read_bytes())
         session = Session(folder / "model.onnx")
         replay = json.loads((folder / "examples.json").read_bytes())
-        numeric, categorical = _examples(replay, signature)
-        output = session.run(numeric, categorical)
+        output = session.run(*_examples(replay, signature))
     # ONNX Runtime raises classes of its own that derive from RuntimeError or from Exception only.
     except Exception as error:
         raise BundleError(f"{folder} cannot be loaded: {error}") from error
@@ -293,11 +313,42 @@ def code_version() -> str:
     return installed_version("driftmill")
 
 
-def _examples(replay: dict[str, Any], signature: Signature) -> tuple[np.ndarray, np.ndarray]:
+def _batches(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """A table of images in parts that fit into memory."""
+    for start in range(0, len(frame), BATCH_IMAGES):
+        yield frame.iloc[start : start + BATCH_IMAGES]
+
+
+def _answered(session: Session, signature: Signature, reference: pd.DataFrame) -> pd.DataFrame:
+    """The reference rows as they are kept."""
+    if signature.image is None:
+        output = session.run(*features.arrays(reference, signature))
+        return reference.assign(**answers(output, signature))
+    from driftmill.vision import images
+
+    pairs = [session.embed(*features.arrays(part, signature)) for part in _batches(reference)]
+    outputs, embeddings = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    # Spread over all rows; for people to look at, so some will do.
+    kept = set(np.linspace(0, len(reference) - 1, REFERENCE_IMAGES).astype(int).tolist())
+    pictures = [
+        images.to_png(image) if place in kept else None
+        for place, image in enumerate(reference[IMAGE])
+    ]
+    return reference.assign(
+        **answers(outputs, signature),
+        **{EMBEDDING: [row.tobytes() for row in embeddings.astype("<f2")], IMAGE: pictures},
+    )
+
+
+def _examples(replay: dict[str, Any], signature: Signature) -> tuple[np.ndarray, ...]:
     """The inputs of `examples.json`. Raises ValueError where the schema has other columns."""
     rows = len(replay["output"])
     if not rows:
         raise ValueError("it has no examples to replay")
+    if signature.image is not None:
+        content = b"".join(map(base64.b64decode, replay["image"]))
+        shape = (rows, signature.image.channels, *signature.image.size)
+        return (np.frombuffer(content, dtype=np.uint8).reshape(shape),)
     numeric = np.array(replay["numeric"], dtype=np.float32)
     categorical = np.array(replay["categorical"], dtype=object)
     for given, names in ((numeric, signature.numeric), (categorical, signature.categorical)):
@@ -316,8 +367,10 @@ def _misfit(
     asked = (manifest.contract.task, data.target.name, tuple(c.name for c in data.columns))
     if asked != (signature.task, signature.target, tuple(c.name for c in signature.columns)):
         return "the schema is not that of the contract"
-    if (session.output == "probabilities") != (signature.task == "classification"):
+    if (session.output == "probabilities") != (signature.task != "regression"):
         return f"the model gives {session.output}, which is not for {signature.task}"
+    if session.embeds != (signature.image is not None):
+        return "a model of images gives embeddings, and no other does"
     if session.output == "probabilities" and output.shape[1] != len(signature.labels):
         return f"the model gives {output.shape[1]} probabilities for {len(signature.labels)} labels"
     return None
@@ -335,5 +388,9 @@ def _write_manifest(folder: Path, **values: Any) -> Manifest:
 
 
 def _environment() -> dict[str, str]:
-    packages = ("scikit-learn", "skl2onnx", "onnx", "onnxruntime", "numpy")
-    return {"python": platform.python_version()} | {p: installed_version(p) for p in packages}
+    names = ("scikit-learn", "skl2onnx", "torch", "torchvision", "onnx", "onnxruntime", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with suppress(PackageNotFoundError):  # tables need no torch
+            found[name] = installed_version(name)
+    return found

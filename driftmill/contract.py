@@ -30,12 +30,23 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-Task = Literal["classification", "regression"]
-Family = Literal["linear", "random-forest", "hist-gradient-boosting"]
+Task = Literal["classification", "regression", "image-classification"]
+TabularFamily = Literal["linear", "random-forest", "hist-gradient-boosting"]
+VisionFamily = Literal[
+    "mlp",
+    "small-cnn",
+    "resnet18",
+    "resnet50",
+    "mobilenet-v3-small",
+    "efficientnet-b0",
+    "convnext-tiny",
+]
+Family = Literal[TabularFamily, VisionFamily]
 MetricName = Literal["auc", "accuracy", "f1", "log_loss", "brier", "rmse", "rmsle", "mae", "r2"]
 Direction = Literal["maximize", "minimize"]
 
-#: Which way is better, and for which task a metric is defined.
+#: Which way is better, and for which task a metric is defined; what is for `classification` is for
+#: `image-classification`, too.
 METRICS: dict[str, tuple[Direction, Task]] = {
     "auc": ("maximize", "classification"),
     "accuracy": ("maximize", "classification"),
@@ -47,6 +58,27 @@ METRICS: dict[str, tuple[Direction, Task]] = {
     "mae": ("minimize", "regression"),
     "r2": ("maximize", "regression"),
 }
+
+#: What is measured of every image, as ordinary numeric columns beside the image itself. Size is
+#: that of the file as it came, all else is of the pixels that the model sees.
+STATISTICS: dict[str, str] = {
+    "width": "Pixels across, as it came.",
+    "height": "Pixels down, as it came.",
+    "aspect": "Width over height, as it came.",
+    "brightness": "Mean luminance, 0 black to 1 white.",
+    "contrast": "Standard deviation of the luminance, 0 to 0.5.",
+    "sharpness": "Standard deviation of the luminance's Laplacian: low when blurred.",
+    "entropy": "Of the luminance's histogram, 0 to 8 bits.",
+    "noise": "Estimated standard deviation of noise in the luminance (Immerkaer 1996).",
+}
+#: More of them for images in colour.
+COLOUR_STATISTICS: dict[str, str] = {
+    "saturation": "Mean saturation, 0 grey to 1.",
+    "red": "Red's part of all light, 1/3 where colours are in balance.",
+    "blue": "Blue's part of all light, 1/3 where colours are in balance.",
+}
+#: What the monitor calls a model's embeddings, which it compares as a whole.
+EMBEDDING = "embedding"
 
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 _DURATION = re.compile(r"(?:\d+(?:\.\d+)?(?:ms|s|m|h|d|w))+")
@@ -146,7 +178,10 @@ class Source(Section):
 
     uri: str = Field(min_length=1)
     """`file:` path (relative to the contract), `https:`, `s3:`, `gs:`, `sklearn:NAME`,
-    `openml:ID`, `kaggle:OWNER/DATASET/FILE` or `sim:NAME?key=value`."""
+    `openml:ID`, `kaggle:OWNER/DATASET/FILE` or `sim:NAME?key=value`. For images `idx:PATH` (the
+    images' file of a pair in MNIST's format, also `.gz`), `folder:PATH` (a sub-folder for each
+    label), `cifar10:PATH` (folder of the binary version), `sklearn:digits`, or a `file:` table of
+    paths."""
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")
     """Digest of the file, checked after reading. Needed for `https:`."""
     dataset: str | None = Field(None, pattern="^[A-Za-z0-9._-]+$")
@@ -243,6 +278,65 @@ class Time(Section):
     stream that `driftmill replay` sends."""
 
 
+class Image(Section):
+    """What the model sees of an image, and which images are taken. What breaks a rule here is
+    quarantined in training and refused in serving, with the reason."""
+
+    size: Annotated[
+        tuple[Annotated[int, Field(ge=4, le=4096)], Annotated[int, Field(ge=4, le=4096)]],
+        BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v),
+    ]
+    """Height and width that the model sees, in pixels; one number for both."""
+    channels: Literal[1, 3] = 3
+    """1 grey, 3 red, green, blue; other images are converted."""
+    resize: Literal["crop", "stretch", "pad"] = "crop"
+    """How an image of another shape is made to fit: `crop` cuts the longer side's ends off, `pad`
+    adds black ones to the shorter side, `stretch` distorts."""
+    column: str = Field("image", min_length=1)
+    """Column of a table that holds each image: a path (relative to the table), or its bytes."""
+    formats: tuple[Literal["png", "jpeg", "webp", "bmp", "gif", "tiff"], ...] = Field(
+        ("png", "jpeg", "webp", "bmp"), min_length=1
+    )
+    """File formats that are read."""
+    max_pixels: int = Field(25_000_000, ge=16)
+    """An image with more pixels is refused before it is decoded."""
+    max_bytes: int = Field(20 * 1024 * 1024, ge=64)
+    """A larger file is refused before it is decoded."""
+    convert: tuple[Literal["cmyk", "transparent", "16-bit", "animated"], ...] = ()
+    """Kinds of image that are refused unless listed here: `cmyk` becomes RGB, `transparent` is laid
+    on white, `16-bit` is scaled to 8, of `animated` the first frame is taken."""
+
+    @property
+    def statistics(self) -> tuple[Column, ...]:
+        """The columns that stand beside every image."""
+        named = STATISTICS | (COLOUR_STATISTICS if self.channels == 3 else {})
+        return tuple(
+            Column(name=name, type="float", min=0, description=text) for name, text in named.items()
+        )
+
+
+class Simulate(Section):
+    """Makes a stream out of a set of images, for demos and drills: in a fixed random order and with
+    a time each, and from one row on the world is another one."""
+
+    onset: int | None = Field(None, ge=0)
+    """First row of the changed world; null: it never changes."""
+    corruptions: dict[
+        Literal["blur", "brightness", "contrast", "rotation", "noise"], Literal[1, 2, 3]
+    ] = {}
+    """What is done to the images from then on, and how strongly: 1, 2 or 3."""
+    new_labels: tuple[str, ...] = ()
+    """Images with these labels are left out before the onset."""
+    seed: int = Field(0, ge=0)
+    """Seed of the order and of the corruptions."""
+    start: Timestamp = datetime(2026, 1, 1, tzinfo=UTC)
+    """Time of the first image; it stands in the column `at`."""
+    step: Seconds = 60.0
+    """Time between two images."""
+    rows: int | None = Field(None, ge=1)
+    """Only so many images; null: all."""
+
+
 class Quarantine(Section):
     """What happens to rows that break the schema: they are kept aside with the reason."""
 
@@ -272,8 +366,13 @@ class Data(Section):
     """Column that names a row uniquely; duplicates are quarantined."""
     time: Time | None = None
     """When a row happened."""
-    columns: tuple[Column, ...] = Field(min_length=1)
-    """The model's inputs. Columns of the source that are not listed are ignored."""
+    columns: tuple[Column, ...] = Field((), validate_default=False)
+    """The model's inputs, one at least. Columns of the source that are not listed are ignored. With
+    `image` they are the images' statistics and cannot be given."""
+    image: Image | None = None
+    """What an image looks like, where the model's input is one."""
+    simulate: Simulate | None = None
+    """Makes a stream with a change in it out of a set of images."""
     quarantine: Quarantine = Quarantine()
     """What happens to bad rows."""
     split: Split = Split()
@@ -289,8 +388,31 @@ class Data(Section):
         """Columns that the model sees as text, in order."""
         return tuple(c for c in self.columns if not c.is_numeric)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _statistics(cls, value: Any) -> Any:
+        """With `image`, put its statistics in the place of the columns."""
+        if not isinstance(value, dict) or value.get("image") is None:
+            return value
+        try:
+            statistics = Image.model_validate(value["image"]).statistics
+        except ValidationError:
+            return value  # the field itself says what is wrong with it
+        given = value.get("columns") or statistics
+        if list(given) not in (
+            list(statistics),
+            [c.model_dump() for c in statistics],
+            [c.model_dump(mode="json") for c in statistics],
+        ):
+            raise ValueError("`columns` cannot be given beside `image`: they are its statistics")
+        return {**value, "columns": statistics}
+
     @model_validator(mode="after")
     def _names(self) -> Data:
+        if not self.columns:
+            raise ValueError("`columns` must list one input at least (or give `image`)")
+        if self.simulate is not None and self.image is None:
+            raise ValueError("`simulate` is for images; a table takes a `sim:` source")
         names = [c.name for c in self.columns]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
@@ -372,19 +494,106 @@ class Resources(Section):
     """Labels that a node must carry."""
     tolerations: tuple[Toleration, ...] = ()
     """Taints that a step tolerates."""
+    gpu_products: tuple[str, ...] = ()
+    """GPU models that will do, as in the node label `nvidia.com/gpu.product`; empty: any."""
+    nodes: int = Field(1, ge=1)
+    """Nodes that train one network together (image tasks; a TrainJob on a cluster)."""
+    shared_memory: str = Field("1Gi", pattern=r"^\d+(\.\d+)?(Ki|Mi|Gi|Ti|k|M|G|T)?$")
+    """Size of `/dev/shm` of a step with GPUs, taken from `memory`."""
     spot: bool = False
     """Whether a step may run on a node that can be taken away."""
+
+
+class Augment(Section):
+    """Random changes to training images, each drawn anew for every image and epoch."""
+
+    flip: bool = False
+    """Mirror left and right, every other image."""
+    shift: float = Field(0.0, ge=0, le=0.5)
+    """Move by up to this part of the size, either way."""
+    rotate: float = Field(0.0, ge=0, le=180)
+    """Turn by up to this many degrees, either way."""
+    scale: float = Field(0.0, ge=0, le=0.5)
+    """Enlarge or shrink by up to this part."""
+    erase: float = Field(0.0, ge=0, le=0.5)
+    """Blank a random square of this part of the area (Zhong et al. 2017)."""
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Change brightness by up to this part, either way."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """Change contrast by up to this part, either way."""
+
+
+class Weights(Section):
+    """Weights to start from, instead of random ones."""
+
+    file: str = Field(min_length=1)
+    """Path of a `.safetensors` file (relative to the contract): the state dict of the family's
+    torchvision model. A last layer with another number of labels is left out."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """Digest of the file, checked before it is read."""
+
+
+class Vision(Section):
+    """How neural networks for images are trained."""
+
+    epochs: int = Field(10, ge=1, le=10_000)
+    """Passes over the training images."""
+    batch: int = Field(256, ge=2, le=65_536)
+    """Images in a step of the optimizer, on all devices together."""
+    accumulate: int = Field(1, ge=1, le=1024)
+    """Parts that a batch is cut into, one after the other, to save memory."""
+    optimizer: Literal["sgd", "adam", "adamw", "rmsprop"] = "sgd"
+    """`sgd` is with Nesterov's momentum."""
+    learning_rate: float | None = Field(None, gt=0)
+    """The highest of the schedule; null: what suits the optimizer and the family."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Of `sgd` and `rmsprop`."""
+    weight_decay: float = Field(5e-4, ge=0)
+    """Not for biases and norms."""
+    schedule: Literal["one-cycle", "triangular", "constant"] = "one-cycle"
+    """The learning rate over all steps: `one-cycle` rises and falls as a cosine, `triangular` as
+    straight lines."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Part of the target that is spread over all labels."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Average the weights with this decay a step, and take the average; null: do not."""
+    augment: Augment = Augment()
+    """Random changes to training images."""
+    validation: float = Field(0.1, gt=0, lt=0.9)
+    """Part of the training images that is kept out to rank candidates and to stop early."""
+    patience: int | None = Field(None, ge=1)
+    """Stop after so many epochs without a better validation loss and take the best; null: train to
+    the end and take the last."""
+    seeds: int = Field(1, ge=1, le=50)
+    """Train so many times, report mean and spread, and keep the run that is best on validation."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What convolutions compute in; `auto` takes bfloat16 where the device is fast with it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
+    resident: bool | None = None
+    """Keep all training images in the device's memory; null: if they fit into half of it."""
+    compile: bool = False
+    """Compile the network first (torch.compile): takes a minute, pays on long runs on GPUs."""
+    weights: Weights | None = None
+    """Start from these weights."""
+    frozen: int = Field(0, ge=0)
+    """Epochs in which only the last layer learns, where `weights` are given."""
+    diagnostics: bool = True
+    """Check the training itself, for the report: gradients, dead units, learning rate."""
 
 
 class Train(Section):
     """Which models are tried, and how."""
 
-    candidates: tuple[Family, ...] = Field(get_args(Family), min_length=1)
-    """Model families; a dummy is always added as the floor."""
+    candidates: tuple[Family, ...] = Field((), validate_default=False)
+    """Model families; a dummy is always added as the floor. Empty: for tables all of `linear`,
+    `random-forest` and `hist-gradient-boosting`, for images `small-cnn`."""
     search: Search = Search()
-    """How hyper-parameters are chosen."""
+    """How hyper-parameters are chosen (tables)."""
+    vision: Vision = Vision()
+    """How networks are trained (images)."""
     metric: Metric | None = None
-    """What to rank by; default `auc` (two classes or more) or `rmse`."""
+    """What to rank by; default `auc`, for images `accuracy`, for numbers `rmse`."""
     rows: int | None = Field(None, ge=50)
     """Learn from at most this many of the newest rows; null: from all."""
     seed: int = 0
@@ -425,6 +634,9 @@ class Gates(Section):
     """Largest 99th percentile of the time for one row in the ONNX session."""
     max_size_mb: float | None = Field(200.0, gt=0)
     """Largest model file."""
+    max_precision_loss: float = Field(0.002, ge=0)
+    """How much worse a model in a lower `serve.precision` may surely be, in units of the metric;
+    beyond it the model stays in float32."""
 
 
 class Canary(Section):
@@ -451,6 +663,8 @@ class Log(Section):
     """Rows after which the log moves into the store as Parquet."""
     rotate: Seconds = 2.0
     """Time after which it moves, if it holds anything."""
+    images: bool = True
+    """Keep each image as the model saw it. Without them, nothing can be learnt from the log."""
 
 
 class Serve(Section):
@@ -458,6 +672,8 @@ class Serve(Section):
 
     replicas: int = Field(1, ge=1)
     """Copies on a cluster."""
+    precision: Literal["float32", "float16", "int8"] = "float32"
+    """Numbers that a network computes with when it serves; see `gates.max_precision_loss`."""
     max_batch_rows: int = Field(1024, ge=1)
     """Most rows that waiting requests are joined to."""
     max_records: int = Field(1000, ge=1)
@@ -556,6 +772,13 @@ class Tracking(Section):
     """MLflow tracking URI; null: `$MLFLOW_TRACKING_URI`, else a SQLite file beside the store."""
 
 
+_DEFAULT_METRICS: dict[str, str] = {
+    "classification": "auc",
+    "regression": "rmse",
+    "image-classification": "accuracy",
+}
+
+
 class Contract(Section):
     """All that Driftmill has to know about a model."""
 
@@ -589,17 +812,47 @@ class Contract(Section):
         """The metric of the contract, or the default of its task."""
         if self.train.metric is not None:
             return self.train.metric
-        return Metric.model_validate("auc" if self.task == "classification" else "rmse")
+        return Metric.model_validate(_DEFAULT_METRICS[self.task])
+
+    @property
+    def is_vision(self) -> bool:
+        """Whether the model's input is an image."""
+        return self.task == "image-classification"
+
+    @model_validator(mode="after")
+    def _for_task(self) -> Contract:
+        """Families and image as the task needs them."""
+        if self.is_vision != (self.data.image is not None):
+            if self.is_vision:
+                raise ValueError("data.image: an image task needs it, e.g. {size: 28, channels: 1}")
+            raise ValueError(
+                "data.image is for image tasks; did you mean task: image-classification?"
+            )
+        fitting: tuple[str, ...] = get_args(VisionFamily if self.is_vision else TabularFamily)
+        if not self.train.candidates:
+            chosen = ("small-cnn",) if self.is_vision else fitting
+            # Filled in as a default would be; the model is frozen for everybody else.
+            object.__setattr__(self, "train", self.train.model_copy(update={"candidates": chosen}))
+        for family in self.train.candidates:
+            if family not in fitting:
+                raise ValueError(
+                    f"train.candidates: {family} is not for {self.task}; choose from "
+                    + ", ".join(fitting)
+                )
+        if not self.is_vision and self.serve.precision != "float32":
+            raise ValueError("serve.precision is for image tasks")
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Contract:
-        if METRICS[self.metric.name][1] != self.task:
-            fitting = ", ".join(n for n, (_, task) in METRICS.items() if task == self.task)
+        kind = "regression" if self.task == "regression" else "classification"
+        if METRICS[self.metric.name][1] != kind:
+            fitting = ", ".join(n for n, (_, task) in METRICS.items() if task == kind)
             raise ValueError(
                 f"train.metric {self.metric.name} is not for {self.task}; choose one of {fitting}"
             )
         target = self.data.target
-        if self.task == "classification":
+        if self.task != "regression":
             if target.min is not None or target.max is not None or target.transform != "none":
                 raise ValueError("data.target: `min`, `max` and `transform` are for regression")
             if len(target.labels) == 1:
@@ -607,16 +860,18 @@ class Contract(Section):
         elif target.labels:
             raise ValueError("data.target.labels is for classification")
         names = {c.name for c in self.data.columns}
+        compared = names | ({EMBEDDING} if self.is_vision else set())
         for field, listed in (
             ("gates.slices.columns", self.gates.slices.columns),
             ("monitor.ignore", self.monitor.ignore),
             ("monitor.weights", tuple(self.monitor.weights)),
         ):
+            known = compared if field.startswith("monitor") else names
             for name in listed:
-                if name not in names:
+                if name not in known:
                     raise ValueError(
                         f"{field}: {name!r} is not a column of data.columns"
-                        + did_you_mean(name, names)
+                        + did_you_mean(name, known)
                     )
         return self
 
@@ -708,16 +963,28 @@ def json_schema() -> dict[str, Any]:
     }
 
 
+#: Schemes of sources that name a file or a folder of this machine.
+LOCAL_SCHEMES = ("file", "idx", "folder", "cifar10")
+
+
 def _resolve_files(values: dict[str, Any], folder: Path) -> None:
-    """Make relative `file:` URIs absolute, in place."""
+    """Make relative URIs of local files absolute, and the path of the weights, in place."""
+    train = values.get("train")
+    vision = train.get("vision") if isinstance(train, dict) else None
+    weights = vision.get("weights") if isinstance(vision, dict) else None
+    if isinstance(weights, dict) and isinstance(weights.get("file"), str):
+        weights["file"] = str((folder / weights["file"]).resolve())
     data = values.get("data")
     if not isinstance(data, dict):
         return
     for key in ("source", "test"):
         source = data.get(key)
         uri = source.get("uri") if isinstance(source, dict) else source
-        if isinstance(uri, str) and uri.startswith("file:") and not uri.startswith("file:/"):
-            absolute = f"file://{(folder / uri.removeprefix('file:')).resolve()}"
+        if not isinstance(uri, str):
+            continue
+        scheme, _, rest = uri.partition(":")
+        if scheme in LOCAL_SCHEMES and not rest.startswith("/"):
+            absolute = f"{scheme}://{(folder / rest).resolve()}"
             if isinstance(source, dict):
                 data[key] = {**source, "uri": absolute}
             else:

@@ -139,7 +139,7 @@ def _default(field: FieldInfo) -> str:
         return "needed"
     if isinstance(field.default, BaseModel):
         return "see there"
-    return f"`{json.dumps(field.default)}`"
+    return f"`{json.dumps(field.default, default=str)}`"
 
 
 def _metrics() -> str:

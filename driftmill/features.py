@@ -1,8 +1,11 @@
 """How rows become the arrays that a model takes, the same in training and in serving.
 
-A model has at most two inputs: `numeric`, float32 of shape (rows, numeric columns), where a
-missing value is NaN; and `categorical`, text of shape (rows, categorical columns), where a missing
-value is the empty string. Columns stand in the contract's order.
+A model of a table has at most two inputs: `numeric`, float32 of shape (rows, numeric columns),
+where a missing value is NaN; and `categorical`, text of shape (rows, categorical columns), where a
+missing value is the empty string. Columns stand in the contract's order.
+
+A model of images has one: `image`, uint8 of shape (rows, channels, height, width). In a table each
+row carries its image in the column `_image`; the other columns are the image's statistics.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from driftmill.contract import Column, Contract, Task
+from driftmill.contract import Column, Contract, Image, Task
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +25,8 @@ MISSING = ""
 
 #: Columns that Driftmill adds to a table: the row's identity and its time (UTC).
 ID, TIME = "_id", "_time"
+#: Of image tasks: the image, uint8 (channels, height, width) in memory; and the model's embedding.
+IMAGE, EMBEDDING = "_image", "_embedding"
 
 
 class Signature(BaseModel):
@@ -35,6 +40,8 @@ class Signature(BaseModel):
     target: str
     labels: tuple[str, ...] = ()
     """Classification: the label of each column of the model's output."""
+    image: Image | None = None
+    """Of image tasks: what the model sees of an image."""
 
     @property
     def numeric(self) -> tuple[str, ...]:
@@ -58,24 +65,35 @@ def signature(contract: Contract, train: pd.DataFrame) -> Signature:
             seen = sorted(str(v) for v in train[column.name].dropna().unique())
             columns.append(column.model_copy(update={"categories": tuple(seen)}))
     labels: tuple[str, ...] = ()
-    if contract.task == "classification":
+    if contract.task != "regression":
         target = contract.data.target
         labels = target.labels or tuple(sorted(train[target.name].unique()))
     return Signature(
-        task=contract.task, columns=tuple(columns), target=contract.data.target.name, labels=labels
+        task=contract.task,
+        columns=tuple(columns),
+        target=contract.data.target.name,
+        labels=labels,
+        image=contract.data.image,
     )
 
 
-def arrays(frame: pd.DataFrame, sign: Signature) -> tuple[np.ndarray, np.ndarray]:
-    """The two inputs of a table.
+def arrays(frame: pd.DataFrame, sign: Signature) -> tuple[np.ndarray, ...]:
+    """The inputs of a table, as `Session.run` takes them.
 
     Args:
-        frame: has the signature's columns; more are ignored.
+        frame: has the signature's columns and, for an image task, `_image`; more are ignored.
         sign: which columns, in which order.
 
     Returns:
-        `numeric` (rows, a) float32 and `categorical` (rows, b) object array of str.
+        `numeric` (rows, a) float32 and `categorical` (rows, b) object array of str; for an image
+        task `image` (rows, channels, height, width) uint8 alone.
     """
+    if sign.image is not None:
+        shape = (len(frame), sign.image.channels, *sign.image.size)
+        images = np.empty(shape, dtype=np.uint8)
+        for place, image in zip(images, frame[IMAGE], strict=True):
+            place[...] = image
+        return (images,)
     numeric = frame[list(sign.numeric)].to_numpy(dtype=np.float32, na_value=np.nan)
     texts = frame[list(sign.categorical)]
     categorical = texts.astype(object).where(texts.notna(), MISSING).to_numpy(dtype=object)

@@ -148,7 +148,7 @@ def label_values(rows: pd.DataFrame, contract: Contract) -> list[str | float | N
     name = contract.data.target.name
     if name not in rows:
         return [None] * len(rows)
-    kind = str if contract.task == "classification" else float
+    kind = str if contract.task != "regression" else float
     return [None if pd.isna(v) else kind(v) for v in rows[name]]
 
 

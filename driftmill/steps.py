@@ -68,9 +68,14 @@ def fit(
     """Search, train and export one candidate family; returns its score and time, to show."""
     asked, place, folder = _read(contract), Store(store), _folder(out)
     with runs.step(place, asked.model, run_id, "fit", family) as step:
-        from driftmill.tabular.fit import fit as fit_family
+        if asked.is_vision:
+            from driftmill.vision.fit import fit as fit_network
 
-        result = fit_family(asked, family, Path(data), folder)
+            result = fit_network(asked, family, Path(data), folder, place)
+        else:
+            from driftmill.tabular.fit import fit as fit_family
+
+            result = fit_family(asked, family, Path(data), folder)
         step.facts.update({k: result[k] for k in ("score", "score_std", "seconds", "params")})
     return {"score": float(result["score"]), "seconds": float(result["seconds"])}
 
@@ -86,7 +91,7 @@ def assemble(
     """Pick the best candidate and write it as a bundle into `out`."""
     asked, place, folder = _read(contract), Store(store), _folder(out)
     with runs.step(place, asked.model, run_id, "assemble") as step:
-        from driftmill.tabular.assemble import assemble as assemble_bundle
+        from driftmill.assemble import assemble as assemble_bundle
 
         manifest = assemble_bundle(asked, Path(data), [Path(f) for f in fits], folder)
         step.facts.update(version=manifest.version, family=manifest.family)

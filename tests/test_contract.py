@@ -61,7 +61,8 @@ def test_examples_are_valid_also_by_the_json_schema(path: Path) -> None:
         (
             "task: classification",
             "task: clasification",
-            "contract:4: task: expected 'classification' or 'regression', got 'clasification'; "
+            "contract:4: task: expected 'classification', 'regression' or 'image-classification', "
+            "got 'clasification'; "
             "did you mean 'classification'?",
         ),
         ("model: tiny", "modle: tiny", "did you mean 'model'?"),

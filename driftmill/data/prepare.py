@@ -209,7 +209,7 @@ def _check(train: pd.DataFrame, test: pd.DataFrame, contract: Contract) -> None:
     target = contract.data.target.name
     if train.empty or test.empty:
         raise DataError(f"{len(train)} training and {len(test)} test rows are too few")
-    if contract.task == "classification" and train[target].nunique() < 2:
+    if contract.task != "regression" and train[target].nunique() < 2:
         raise DataError(
             f"all training rows have the same label {train[target].iloc[0]!r}; "
             "a classification needs two, so take more rows (train.rows, data.time.until)"

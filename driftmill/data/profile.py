@@ -96,7 +96,7 @@ def _column(values: pd.Series) -> dict[str, Any]:
 
 def _labels(values: pd.Series, contract: Contract) -> dict[str, int] | None:
     """How often each label occurs, those of the contract even where they do not."""
-    if contract.task != "classification":
+    if contract.task == "regression":
         return None
     counts = dict.fromkeys(contract.data.target.labels, 0)
     return counts | {str(k): int(n) for k, n in values.value_counts().items()}
@@ -106,7 +106,7 @@ def _correlation(values: pd.Series, target: pd.Series, contract: Contract) -> fl
     """Spearman's rank correlation of a number with a number, or with the second of two labels."""
     if not pd.api.types.is_numeric_dtype(values.dtype):
         return None
-    if contract.task == "classification":
+    if contract.task != "regression":
         labels = contract.data.target.labels or tuple(sorted(target.unique()))
         if len(labels) != 2:
             return None

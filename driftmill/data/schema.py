@@ -169,7 +169,7 @@ def _inputs(
         else:
             typed[column.name] = _aliased(raw[column.name], column.aliases)
     target = contract.data.target
-    if contract.task == "classification":
+    if contract.task != "regression":
         typed[target.name] = _aliased(raw[target.name], target.aliases)
     else:
         typed[target.name], mask = _numbers(raw[target.name], "float")
@@ -273,7 +273,7 @@ def _schema(contract: Contract) -> pa.DataFrameSchema:
 
     target = contract.data.target
     columns = {c.name: _column(c) for c in contract.data.columns}
-    if contract.task == "classification":
+    if contract.task != "regression":
         checks = [_member(target.labels, "not one of the labels")] if target.labels else []
         columns[target.name] = pa.Column(object, checks, nullable=False)
     else:

@@ -35,7 +35,7 @@ def split(frame: pd.DataFrame, contract: Contract) -> tuple[pd.DataFrame, pd.Dat
         chosen[len(frame) - _count(len(frame), part) :] = True
     else:
         rank = _hashes(frame[ID], contract.data.split.seed)
-        labels = frame[contract.data.target.name] if contract.task == "classification" else None
+        labels = frame[contract.data.target.name] if contract.task != "regression" else None
         order = rank.groupby(labels.to_numpy()) if labels is not None else rank.groupby(lambda _: 0)
         size = order.transform("size")
         wanted = size.map(lambda n: _count(n, part))

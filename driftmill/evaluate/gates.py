@@ -186,9 +186,7 @@ def judge(
     scored, other = score(names, y, [output, rival.output], _draws(contract, y))
     comparison = _compared(contract, scored, other)
     slices = _slices(contract, test, y, output, rival.output)
-    calibration = (
-        metrics.calibration_error(y, output) if contract.task == "classification" else None
-    )
+    calibration = metrics.calibration_error(y, output) if contract.task != "regression" else None
     checks.append(_is_better(contract, scored, other, comparison, rival))
     checks += _floor(contract, scored)
     checks += _no_slice_is_worse(contract, slices)
@@ -231,13 +229,13 @@ def rival_output(
 
 def latency(bundle: Bundle, rows: pd.DataFrame) -> tuple[float, float]:
     """Time for one row in the ONNX session: 99th percentile and median, in milliseconds."""
-    numeric, categorical = features.arrays(rows.head(_LATENCY_RUNS), bundle.signature)
+    arrays = features.arrays(rows.head(_LATENCY_RUNS), bundle.signature)
     took: list[float] = []
     deadline = time.perf_counter() + _LATENCY_SECONDS
     for run in range(_LATENCY_WARM_UP + _LATENCY_RUNS):
-        row = slice(run % len(numeric), run % len(numeric) + 1)
+        row = slice(run % len(arrays[0]), run % len(arrays[0]) + 1)
         begin = time.perf_counter()
-        bundle.session.run(numeric[row], categorical[row])
+        bundle.session.run(*(array[row] for array in arrays))
         end = time.perf_counter()
         if run >= _LATENCY_WARM_UP:
             took.append(end - begin)
@@ -411,7 +409,7 @@ def _draws(contract: Contract, y: np.ndarray) -> Iterator[np.ndarray]:
         len(y),
         contract.gates.resamples,
         contract.train.seed,
-        strata=y if contract.task == "classification" else None,
+        strata=y if contract.task != "regression" else None,
         in_time=contract.data.time is not None,
     )
 

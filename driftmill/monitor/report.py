@@ -92,7 +92,7 @@ def tables(
     """
     kinds = {c.name: "number" if c.is_numeric else "category" for c in signature.columns}
     kinds |= {PREDICTION: "number" if signature.task == "regression" else "category"}
-    if signature.task == "classification":
+    if signature.task != "regression":
         kinds[SCORE] = "number"
     left_out: dict[str, str] = {}
     sides: tuple[dict[str, pd.Series], dict[str, pd.Series]] = ({}, {})

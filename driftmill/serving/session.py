@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+_TABLE = ("numeric", "categorical")
+
 
 class Session:
-    """An ONNX model with the inputs `numeric` and `categorical` (either may be absent) and one
-    output, `probabilities` (rows, labels) or `prediction` (rows,).
+    """An ONNX model with the inputs `numeric` and `categorical` (either may be absent), or `image`,
+    and the output `probabilities` (rows, labels) or `prediction` (rows,). A model of images has a
+    second output, `embedding` (rows, width).
 
     Args:
         model: path of the `.onnx` file.
@@ -29,29 +32,43 @@ class Session:
             str(model), options, providers=["CPUExecutionProvider"]
         )
         self.inputs = {i.name: i.type for i in self._session.get_inputs()}
-        self.output = self._session.get_outputs()[0].name
-        if not set(self.inputs) <= {"numeric", "categorical"} or self.output not in (
-            "probabilities",
-            "prediction",
+        outputs = [o.name for o in self._session.get_outputs()]
+        self.output = outputs[0]
+        self.embeds = outputs[1:] == ["embedding"]
+        known = [*_TABLE] if "image" not in self.inputs else ["image"]
+        if (
+            not set(self.inputs) <= set(known)
+            or self.output not in ("probabilities", "prediction")
+            or outputs[1:] not in ([], ["embedding"])
         ):
             raise ValueError(
-                f"not a Driftmill model: inputs {sorted(self.inputs)}, output {self.output!r}"
+                f"not a Driftmill model: inputs {sorted(self.inputs)}, outputs {outputs}"
             )
+        #: Names of the arrays that `run` takes, in order.
+        self.names = tuple(known)
 
-    def run(self, numeric: np.ndarray, categorical: np.ndarray) -> np.ndarray:
+    def run(self, *arrays: np.ndarray) -> np.ndarray:
         """Predict.
 
         Args:
-            numeric: (rows, a) float32.
-            categorical: (rows, b) object array of str.
+            arrays: as `features.arrays` makes them: `numeric` (rows, a) float32 and `categorical`
+                (rows, b) object array of str, or `image` (rows, channels, height, width) uint8.
 
         Returns:
             float32: (rows, labels) probabilities, or (rows,) predictions.
         """
-        feed = {}
-        if "numeric" in self.inputs:
-            feed["numeric"] = numeric
-        if "categorical" in self.inputs:
-            feed["categorical"] = categorical
-        result: np.ndarray = self._session.run([self.output], feed)[0]
+        result: np.ndarray = self._session.run([self.output], self._feed(arrays))[0]
         return result if self.output == "probabilities" else result.reshape(len(result))
+
+    def embed(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Predict and embed, for a model that `embeds`.
+
+        Returns:
+            (rows, labels) probabilities and (rows, width) embeddings, float32.
+        """
+        answer, embedding = self._session.run([self.output, "embedding"], self._feed(arrays))
+        return answer, embedding
+
+    def _feed(self, arrays: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
+        named = zip(self.names, arrays, strict=True)
+        return {name: array for name, array in named if name in self.inputs}

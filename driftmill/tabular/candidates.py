@@ -39,11 +39,11 @@ from sklearn.preprocessing import OneHotEncoder, OrdinalEncoder
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from driftmill import features
-from driftmill.contract import Contract, Family
+from driftmill.contract import Contract, TabularFamily
 from driftmill.evaluate.metrics import encode
 from driftmill.features import Signature
 
-FAMILIES: tuple[str, ...] = ("dummy", *get_args(Family))
+FAMILIES: tuple[str, ...] = ("dummy", *get_args(TabularFamily))
 
 #: Up to this many categories boosting sees a column one-hot: trees then split off any of them at
 #: once. Beyond it the many columns would cost more time than they are worth.
@@ -183,7 +183,7 @@ def answer(
     """What a fitted pipeline predicts, as metrics take it: (rows, labels) probabilities, 0 for a
     label that it never saw, or (rows,) numbers on the target's scale, within its limits."""
     with threadpool_limits(1):
-        if contract.task == "classification":
+        if contract.task != "regression":
             output = np.zeros((len(inputs), len(sign.labels)))
             output[:, pipeline.classes_] = pipeline.predict_proba(inputs)
             return output
@@ -223,7 +223,7 @@ def _columns(sign: Signature, numbers: Numbers, one_hot: int) -> ColumnTransform
 
 
 def _dummy(contract: Contract, sign: Signature, params: Params) -> Pipeline:
-    if contract.task == "classification":
+    if contract.task != "regression":
         return Pipeline([("model", DummyClassifier(strategy="prior"))])
     # The constant that is best by the metric: the median for absolute errors, else the mean.
     strategy = "median" if contract.metric.name == "mae" else "mean"
@@ -232,7 +232,7 @@ def _dummy(contract: Contract, sign: Signature, params: Params) -> Pipeline:
 
 def _linear(contract: Contract, sign: Signature, params: Params) -> Pipeline:
     strength = params["strength"]
-    if contract.task == "classification":
+    if contract.task != "regression":
         model = LogisticRegression(C=strength, max_iter=1000)
     else:
         model = Ridge(alpha=1 / strength)
@@ -242,7 +242,7 @@ def _linear(contract: Contract, sign: Signature, params: Params) -> Pipeline:
 
 
 def _forest(contract: Contract, sign: Signature, params: Params) -> Pipeline:
-    kind = RandomForestClassifier if contract.task == "classification" else RandomForestRegressor
+    kind = RandomForestClassifier if contract.task != "regression" else RandomForestRegressor
     model = kind(
         n_estimators=100,
         max_leaf_nodes=4096,  # keeps the exported file below some 30 MB, whatever the rows
@@ -258,7 +258,7 @@ def _boosting(contract: Contract, sign: Signature, params: Params) -> Pipeline:
         "random_state": contract.train.seed,
         **params,
     }
-    if contract.task == "classification":
+    if contract.task != "regression":
         model = HistGradientBoostingClassifier(**settings)
     else:
         loss = "absolute_error" if contract.metric.name == "mae" else "squared_error"

@@ -87,7 +87,7 @@ def parity(
     name = type(pipeline.steps[-1][1]).__name__
     if exported.shape != trained.shape:
         raise ExportError(f"{name}: the export gives {exported.shape}, not {trained.shape}")
-    scale = 1.0 if contract.task == "classification" else float(np.abs(trained).max()) or 1.0
+    scale = 1.0 if contract.task != "regression" else float(np.abs(trained).max()) or 1.0
     difference = np.abs(exported - trained) / scale
     largest = float(difference.max())
     if not largest <= TOLERANCE:  # also where it is NaN
@@ -95,7 +95,7 @@ def parity(
             f"{name}: the exported model differs from the trained one by {largest:.3g} (row "
             f"{int(difference.reshape(len(frame), -1).max(axis=1).argmax())}; allowed {TOLERANCE})"
         )
-    if contract.task == "classification":
+    if contract.task != "regression":
         best = np.sort(trained, axis=1)[:, ::-1]
         torn = best[:, 0] - best[:, 1] <= 2 * TOLERANCE
         other = (exported.argmax(axis=1) != trained.argmax(axis=1)) & ~torn
@@ -116,7 +116,7 @@ def _converted(
             name=contract.model,
             initial_types=inputs,
             target_opset=OPSETS,
-            options={id(model): {"zipmap": False}} if contract.task == "classification" else None,
+            options={id(model): {"zipmap": False}} if contract.task != "regression" else None,
         )
     except (RuntimeError, NotImplementedError) as error:
         raise ExportError(f"{type(model).__name__} has no ONNX form: {error}") from error
@@ -188,7 +188,7 @@ def _finish(
 
     target = contract.data.target
     shape: list[int | None] = [None]
-    if contract.task == "classification":
+    if contract.task != "regression":
         output = "probabilities"
         shape.append(len(sign.labels))
         known = np.asarray(pipeline.classes_)

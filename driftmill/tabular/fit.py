@@ -26,10 +26,11 @@ import pandas as pd
 from sklearn.exceptions import ConvergenceWarning
 
 from driftmill import features
+from driftmill.assemble import MODEL, RECORD
 from driftmill.contract import Contract
 from driftmill.data import prepare
 from driftmill.serving.session import Session
-from driftmill.tabular import MODEL, RECORD, candidates, export
+from driftmill.tabular import candidates, export
 from driftmill.tabular.search import search
 
 log = logging.getLogger("driftmill")

@@ -129,7 +129,7 @@ def folds(contract: Contract, y: np.ndarray) -> list[Fold]:
     splitter: TimeSeriesSplit | StratifiedKFold | KFold
     if contract.data.time is not None:
         splitter = TimeSeriesSplit(count)
-    elif contract.task == "classification":
+    elif contract.task != "regression":
         splitter = StratifiedKFold(count, shuffle=True, random_state=seed)
     else:
         splitter = KFold(count, shuffle=True, random_state=seed)

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from driftmill import bundle, features
+from driftmill import assemble, bundle, features
 from driftmill.contract import Contract
 from driftmill.data import prepare
 from driftmill.evaluate import metrics
 from driftmill.serving.session import Session
-from driftmill.tabular import assemble, candidates, export, fit
+from driftmill.tabular import candidates, export, fit
 from tests.tabular.conftest import NUMBERS, TEXTS, make_contract, rows
 
 Prepare = Callable[..., tuple[Contract, Path]]

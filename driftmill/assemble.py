@@ -18,10 +18,11 @@ from driftmill import bundle, features
 from driftmill.bundle import Manifest
 from driftmill.contract import Contract
 from driftmill.data import prepare
-from driftmill.tabular import MODEL, RECORD
 
 log = logging.getLogger("driftmill")
 
+#: What a fit leaves in its folder: the exported model, how it was found, and a network's weights.
+MODEL, RECORD, WEIGHTS = "model.onnx", "fit.json", "weights.safetensors"
 #: Most rows that the monitor compares with.
 REFERENCE_ROWS = 10_000
 #: Rows that are replayed at every load.
@@ -45,6 +46,8 @@ def assemble(contract: Contract, data: Path, fits: list[Path], out: Path) -> Man
     folder, best = choose(contract, records)
     sign = features.signature(contract, prepared.train)
     columns = [c.name for c in contract.data.columns] + [contract.data.target.name]
+    columns += [features.IMAGE] if contract.is_vision else []
+    weights = folder / WEIGHTS
     manifest = bundle.write(
         out,
         contract=contract,
@@ -61,6 +64,7 @@ def assemble(contract: Contract, data: Path, fits: list[Path], out: Path) -> Man
                 for _, record in records
             }
         },
+        weights=weights if weights.exists() else None,
     )
     log.info("version %s is %s", manifest.version, best["family"])
     return manifest
