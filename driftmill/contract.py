@@ -285,6 +285,19 @@ class Image(Section):
     size: Annotated[
         tuple[Annotated[int, Field(ge=4, le=4096)], Annotated[int, Field(ge=4, le=4096)]],
         BeforeValidator(lambda v: (v, v) if isinstance(v, int) else v),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    {"type": "integer", "minimum": 4, "maximum": 4096},
+                    {
+                        "type": "array",
+                        "items": {"type": "integer", "minimum": 4, "maximum": 4096},
+                        "minItems": 2,
+                        "maxItems": 2,
+                    },
+                ]
+            }
+        ),
     ]
     """Height and width that the model sees, in pixels; one number for both."""
     channels: Literal[1, 3] = 3

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -27,17 +28,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from driftmill import bundle, contract, demo_page, replay, rollout, runs, stack
 from driftmill.bundle import Bundle
-from driftmill.contract import Contract, ContractError
+from driftmill.contract import EMBEDDING, Contract, ContractError
 from driftmill.data import simulate, sources
 from driftmill.demo_page import Check, Event, Story, Stretch
 from driftmill.evaluate import metrics
-from driftmill.features import TIME
+from driftmill.features import IMAGE, TIME
 from driftmill.home import Home
 from driftmill.monitor import windows
 from driftmill.monitor.drift import WindowResult
 from driftmill.retrain.ledger import Decision, Ledger
 from driftmill.retrain.ledger import Run as LedgerRun
 
+#: What must show which corruption of images, so that the alarm can name it.
+SHOWN_BY = {
+    "blur": "sharpness",
+    "brightness": "brightness",
+    "contrast": "contrast",
+    "noise": "noise",
+    "rotation": EMBEDDING,
+}
+#: Images of the stream that the page shows, from before and from after the onset.
+PICTURES = 12
 EXAMPLES = Path(__file__).parent.parent / "examples"
 #: How often the demo looks what has happened, in seconds; its measured times are that exact.
 LOOK = 0.2
@@ -60,6 +71,8 @@ class Settings:
 SETTINGS = {
     "payments": Settings(rate=200, label_delay=1.0, rows_after=2000, block=500),
     "bike-sharing": Settings(rate=150, label_delay=2.0, rows_after=None, block=336),
+    "digits": Settings(rate=25, label_delay=1.0, rows_after=None, block=100),
+    "fashion-mnist": Settings(rate=150, label_delay=1.0, rows_after=1500, block=500),
 }
 
 
@@ -207,6 +220,7 @@ def _run(
         decisions=_decisions(watched, began),
         stretches=stretches,
         checks=checks,
+        pictures=_pictures(document, stream, onset_row, answers),
         facts={
             "onset → new champion serving": f"{seconds['onset_to_served']:.1f} s"
             if "onset_to_served" in seconds
@@ -271,8 +285,10 @@ def _training(path: Path, home: Home) -> Iterator[subprocess.Popen[bytes]]:
 
 def _onset_row(document: Contract, stream: pd.DataFrame) -> int | None:
     """The first row of the stream after the onset, where it is known."""
-    uri = document.data.source.uri
+    uri, simulated = document.data.source.uri, document.data.simulate
     onset = simulate.onset_time(uri) if uri.startswith("sim:") else None
+    if simulated is not None and simulated.onset is not None:
+        onset = simulated.start + timedelta(seconds=simulated.step * simulated.onset)
     if onset is None:
         return None
     return int((stream[TIME] < pd.Timestamp(onset)).sum())
@@ -333,7 +349,7 @@ async def _traffic(
         sender = asyncio.create_task(
             replay.replay(
                 stream,
-                running.services["tabular"].url,
+                running.services["service"].url,
                 contract=document,
                 rate=settings.rate,
                 label_delay=settings.label_delay,
@@ -401,9 +417,15 @@ def _answers(
 
 
 def _served(labelled: list[replay.Answer], first: Bundle) -> np.ndarray:
-    """What was answered, as the metrics take it."""
+    """What was answered, as the metrics take it; of more than two labels the answer alone."""
     if first.signature.task == "regression":
         return np.array([a.prediction for a in labelled], dtype=np.float64)
+    labels = first.signature.labels
+    if len(labels) > 2:
+        chosen: np.ndarray = np.eye(len(labels))[
+            metrics.encode(labels, [a.prediction for a in labelled])
+        ]
+        return chosen
     score = np.array([a.score for a in labelled], dtype=np.float64)
     return np.column_stack([1 - score, score])
 
@@ -561,6 +583,17 @@ def _checks(
             ", ".join(f"{v}: {n:,}" for v, n in result.versions.items()),
         ),
     ]
+    simulated = document.data.simulate
+    if simulated is not None and alarms:
+        named = {c.name for _, w in alarms for c in w.columns if c.drifted}
+        expected = [SHOWN_BY[kind] for kind in simulated.corruptions]
+        checks.append(
+            Check(
+                "the alarm names what changed",
+                named >= set(expected),
+                f"{', '.join(simulated.corruptions)}: named are {', '.join(sorted(named))}",
+            )
+        )
     if stretches:
         rows = sum(s.rows for s in stretches)
         gain = sum((s.served - s.never_retrained) * sign * s.rows for s in stretches) / rows
@@ -607,6 +640,25 @@ def _events(
             at = run.ended.timestamp() - began
             events.append(Event(at, f"run {run.state}", run.reason or ""))
     return sorted(events, key=lambda e: e.at)
+
+
+def _pictures(
+    document: Contract, stream: pd.DataFrame, onset_row: int | None, answers: pd.DataFrame
+) -> list[demo_page.Picture]:
+    """Some images from before and from after the onset, each with its label."""
+    if document.data.image is None or onset_row is None:
+        return []
+    from driftmill.vision import images
+
+    sent = answers["row"].to_numpy()
+    found = []
+    for when, rows in (("before", sent[sent < onset_row]), ("after", sent[sent >= onset_row])):
+        if len(rows):
+            for row in np.unique(rows[np.linspace(0, len(rows) - 1, PICTURES).astype(int)]):
+                of = stream.iloc[int(row)]
+                label = str(of[document.data.target.name])
+                found.append(demo_page.Picture(when, images.to_png(of[IMAGE]), label))
+    return found
 
 
 def _decisions(watched: Watched, began: float) -> pd.DataFrame:

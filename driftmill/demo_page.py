@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import io
 from collections.abc import Callable, Sequence
@@ -53,6 +54,16 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image of the stream."""
+
+    when: str
+    """`before` or `after` the onset."""
+    png: bytes
+    label: str
+
+
+@dataclass(frozen=True)
 class Story:
     """All that the page shows.
 
@@ -74,6 +85,8 @@ class Story:
     facts: dict[str, str]
     marks: dict[str, float] = field(default_factory=dict)
     """Vertical lines of the plots: what, and at which second."""
+    pictures: Sequence[Picture] = ()
+    """Of a stream of images: some of them."""
 
 
 def write(path: Path, story: Story) -> None:
@@ -98,6 +111,7 @@ def write(path: Path, story: Story) -> None:
             [[f"{e.at:.1f}", e.name, e.detail] for e in story.events],
             numbers={0},
         ),
+        _pictures(story),
         "<h2>Traffic</h2>",
         "<p>Predictions a second, by the version that answered.</p>",
         _svg(_traffic, story),
@@ -297,6 +311,21 @@ def _quality(axes: Axes, story: Story) -> None:
     _legend(axes, axes.get_legend_handles_labels()[0])
 
 
+def _pictures(story: Story) -> str:
+    """Images from before and after the onset, side by side."""
+    parts = []
+    for when in ("before", "after"):
+        shown = [p for p in story.pictures if p.when == when]
+        if shown:
+            tiles = "".join(
+                f"<li><img alt='' src='data:image/png;base64,{base64.b64encode(p.png).decode()}'>"
+                f"{html.escape(p.label)}</li>"
+                for p in shown
+            )
+            parts.append(f"<p>{when.capitalize()} the onset</p><ul class='tiles'>{tiles}</ul>")
+    return f"<h2>What the model sees</h2>{''.join(parts)}" if parts else ""
+
+
 def _legend(axes: Axes, handles: Sequence[Artist]) -> None:
     """Below the plot, where it covers nothing."""
     axes.legend(
@@ -328,6 +357,10 @@ p { margin: .3rem 0 .6rem; color: var(--soft); max-width: 46rem; }
 .facts b { display: block; font-size: 1.25rem; }
 .facts span { color: var(--soft); font-size: .82rem; }
 figure { margin: .4rem 0; } figure svg { width: 100%; height: auto; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(4rem, 1fr)); gap: .5rem;
+  list-style: none; margin: 0; padding: 0; font-size: .82rem; text-align: center; }
+.tiles img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain;
+  image-rendering: pixelated; background: #000; border-radius: .3rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th { text-align: left; color: var(--soft); font-weight: 500; }

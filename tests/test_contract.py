@@ -145,6 +145,98 @@ def test_durations(text: str, seconds: float) -> None:
     assert read.retrain.cooldown == seconds
 
 
+IMAGES = """
+apiVersion: driftmill/v1
+model: pictures
+task: image-classification
+data:
+  source: folder:pictures
+  target: label
+  image: {size: 32}
+"""
+
+
+def test_an_image_contract_has_the_statistics_as_its_columns() -> None:
+    read = contract.parse(IMAGES)
+    names = [c.name for c in read.data.columns]
+    assert names == [*contract.STATISTICS, *contract.COLOUR_STATISTICS]
+    grey = contract.parse(IMAGES.replace("size: 32", "size: [8, 16], channels: 1"))
+    assert [c.name for c in grey.data.columns] == list(contract.STATISTICS)
+    assert grey.data.image is not None
+    assert grey.data.image.size == (8, 16)
+    assert (read.metric.name, read.train.candidates) == ("accuracy", ("small-cnn",))
+    assert contract.parse(read.to_json()) == read
+
+
+def test_what_is_for_statistics_may_name_them() -> None:
+    added = "monitor: {ignore: [embedding, width], weights: {noise: 2}}\n"
+    added += "gates: {slices: {columns: [brightness]}}\n"
+    assert contract.parse(IMAGES + added).monitor.ignore == ("embedding", "width")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("  image: {size: 32}", "", "`columns` must list one input at least (or give `image`)"),
+        ("size: 32", "size: [32]", "data.image.size"),
+        ("size: 32", "size: 2", "data.image.size"),
+        ("size: 32", "size: 32, chanels: 1", "did you mean 'channels'?"),
+        ("size: 32", "size: 32, formats: []", "data.image.formats"),
+        (
+            "  target: label",
+            "  target: label\n  columns: [{name: age, type: int}]",
+            "`columns` cannot be given beside `image`",
+        ),
+        ("task: image-classification", "task: classification", "data.image is for image tasks"),
+        (
+            "  target: label",
+            "  target: label\n  simulate: {corruptions: {blurr: 1}}",
+            "did you mean 'blur'?",
+        ),
+    ],
+)
+def test_a_mistake_in_an_image_contract(old: str, new: str, told: str) -> None:
+    assert old in IMAGES
+    found = problems(IMAGES.replace(old, new))
+    assert any(told in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("added", "told"),
+    [
+        ("train: {candidates: [linear]}", "train.candidates: linear is not for image-class"),
+        ("train: {metric: rmse}", "train.metric rmse is not for image-classification"),
+        ("train: {vision: {weights: {file: a.safetensors}}}", "train.vision.weights.sha256"),
+        ("gates: {slices: {columns: [embedding]}}", "not a column of data.columns"),
+    ],
+)
+def test_a_mistake_in_a_section_for_images(added: str, told: str) -> None:
+    found = problems(f"{IMAGES}{added}\n")
+    assert any(told in problem for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("added", "told"),
+    [
+        ("train: {candidates: [resnet18]}", "train.candidates: resnet18 is not for classification"),
+        ("serve: {precision: int8}", "serve.precision is for image tasks"),
+    ],
+)
+def test_what_is_for_images_is_refused_for_a_table(added: str, told: str) -> None:
+    found = problems(f"{CONTRACT}{added}\n")
+    assert any(told in problem for problem in found), found
+
+
+def test_paths_of_images_and_of_weights_start_at_the_contract(tmp_path: Path) -> None:
+    path = tmp_path / "contract.yaml"
+    weights = f"{{file: net.safetensors, sha256: {'a' * 64}}}"
+    path.write_text(f"{IMAGES}train: {{vision: {{weights: {weights}}}}}\n")
+    read = contract.load(path)
+    assert read.data.source.uri == f"folder://{tmp_path / 'pictures'}"
+    assert read.train.vision.weights is not None
+    assert read.train.vision.weights.file == str(tmp_path / "net.safetensors")
+
+
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused_never_a_crash(text: str) -> None:
     with pytest.raises(contract.ContractError):

@@ -12,7 +12,7 @@ import pytest
 
 from driftmill import demo_page
 from driftmill.contract import Contract
-from driftmill.demo_page import Check, Event, Story, Stretch
+from driftmill.demo_page import Check, Event, Picture, Story, Stretch
 from driftmill.monitor.drift import ColumnResult, WindowResult
 
 VERSIONS = ["c236eae602f2", "03f11a040a6a", "e4ec156e50d9", "176f7115a23a", "56d7a9a28e70"]
@@ -102,3 +102,12 @@ def test_a_story_without_windows_and_stretches(tiny: Contract, tmp_path: Path) -
     empty = Story(**{**vars(full), "windows": [], "window_at": [], "stretches": []})
     demo_page.write(tmp_path / "demo.html", empty)
     assert (tmp_path / "demo.html").stat().st_size > 1000
+
+
+def test_pictures_stand_before_and_after_the_onset(tiny: Contract, tmp_path: Path) -> None:
+    shown = [Picture("before", b"\x89PNG", "<b>7</b>"), Picture("after", b"\x89PNG", "3")]
+    demo_page.write(tmp_path / "demo.html", Story(**{**vars(story(tiny, "x")), "pictures": shown}))
+    text = (tmp_path / "demo.html").read_text()
+    assert text.count("<img alt='' src='data:image/png;base64,iVBORw==") == 2
+    assert "&lt;b&gt;7" in text
+    assert text.index("Before the onset") < text.index("After the onset")

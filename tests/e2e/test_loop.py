@@ -80,17 +80,18 @@ def home(tmp_path: Path) -> Iterator[Home]:
     assert processes_of(place.folder) == []
 
 
-def test_drift_one_run_promotion_and_not_one_failed_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize("example", ["payments", "digits"])
+def test_drift_one_run_promotion_and_not_one_failed_request(tmp_path: Path, example: str) -> None:
     """The demo: it exits 0 only if every stage happened, and it says which."""
     done = subprocess.run(
-        [sys.executable, "-m", "driftmill", "demo", "payments"],
+        [sys.executable, "-m", "driftmill", "demo", example],
         env={**os.environ, "DRIFTMILL_HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=280,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "demo-payments"
+    folder = tmp_path / f"demo-{example}"
     summary = json.loads((folder / "demo.json").read_text())
     assert summary["failed"] == 0
     assert len(summary["versions"]) == 2
@@ -102,8 +103,8 @@ def test_drift_one_run_promotion_and_not_one_failed_request(tmp_path: Path) -> N
     assert processes_of(tmp_path) == []
     # What it leaves is a store that the next command accepts.
     store = homes.find(folder).store
-    assert [r.champion for r in rollout.history(store, "payments")] == summary["versions"]
-    outcomes = runs.outcomes(store, "payments")
+    assert [r.champion for r in rollout.history(store, example)] == summary["versions"]
+    outcomes = runs.outcomes(store, example)
     assert [o.state for o in outcomes] == ["promoted", "promoted"]
 
 
@@ -120,7 +121,7 @@ def test_a_worse_challenger_changes_nothing_and_the_ledger_says_why(
     running = stack.up(path, home, ports=dict.fromkeys(stack.PORTS, 0))
     document = load(path)
     rows = sources.stream(document).head(400)
-    service = running.services["tabular"].url
+    service = running.services["service"].url
     answered = httpx.post(f"{service}/predict", json={"records": list(records(rows, document))})
     answered.raise_for_status()
     labels = [
