@@ -1,11 +1,11 @@
-# Two commands do everything: `make demo` and `make test`. Both make their own environment first.
+# Two commands do everything: `make demo` and `make test`. Both make their own environment first,
+# and install only what they need: PyTorch comes with image examples and with the tests.
+# UV_TORCH_BACKEND=cpu before `make` (a setting of uv) takes PyTorch without its 3 GB for GPUs.
 
 PYTHON ?= python3
 EXAMPLE ?= payments
 VENV := .venv
 BIN := $(VENV)/bin
-# Rewritten whenever the dependencies change.
-STAMP := $(VENV)/.installed
 
 # Some machines forbid Python to keep what it has compiled; every process would do it anew.
 unexport PYTHONDONTWRITEBYTECODE
@@ -16,42 +16,51 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml constraints.txt
+$(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Driftmill needs Python 3.11 or newer; name one with make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
-	@touch $(STAMP)
 
-venv: $(STAMP) ## Make the environment in .venv.
+# .venv/.has-laptop, .venv/.has-laptop-vision, .venv/.has-dev: extras that are installed. They are
+# made anew whenever the dependencies change.
+$(VENV)/.has-%: pyproject.toml constraints.txt | $(BIN)/uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[$(subst -,$(comma),$*)]'
+	@touch $@
 
-demo: $(STAMP) ## Run the whole loop: make demo [EXAMPLE=payments|bike-sharing].
+comma := ,
+DEV := $(VENV)/.has-dev
+IS_VISION := $(shell grep -ls '^task: image' examples/$(EXAMPLE)/contract.yaml $(EXAMPLE))
+DEMO := $(VENV)/.has-laptop$(if $(IS_VISION),-vision)
+
+venv: $(DEV) ## Make the environment in .venv.
+
+demo: $(DEMO) ## Run the whole loop: make demo [EXAMPLE=payments|bike-sharing|digits|fashion-mnist].
 	$(BIN)/driftmill demo $(EXAMPLE)
 
-test: $(STAMP) lint ## Lint, type-check and run every test, with coverage.
+test: $(DEV) lint ## Lint, type-check and run every test, with coverage.
 	$(BIN)/python -m pytest --cov --durations=10
 
-test-fast: $(STAMP) ## Run the tests that take less than a few seconds each.
+test-fast: $(DEV) ## Run the tests that take less than a few seconds each.
 	$(BIN)/python -m pytest -m 'not slow'
 
-lint: $(STAMP) ## Check style and types.
+lint: $(DEV) ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP) ## Rewrite the code in the project's style.
+format: $(DEV) ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmarks: $(STAMP) ## Measure what the README quotes; results go to benchmarks/results/.
+benchmarks: $(DEV) ## Measure what the README quotes; results go to benchmarks/results/.
 	$(BIN)/python -m benchmarks
 
-constraints: ## Bring constraints.txt up to the newest versions that pyproject.toml allows.
-	$(BIN)/uv pip compile pyproject.toml --extra dev --upgrade --python-version 3.11 \
+constraints: | $(BIN)/uv ## Bring constraints.txt up to the newest versions that pyproject.toml allows.
+	env -u UV_TORCH_BACKEND $(BIN)/uv pip compile pyproject.toml --extra dev --upgrade --python-version 3.11 \
 		--no-annotate --no-header --output-file constraints.txt
 
-docs: $(STAMP) ## Write docs/contract.md anew from the contract's schema.
+docs: $(DEV) ## Write docs/contract.md anew from the contract's schema.
 	$(BIN)/driftmill schema --markdown > docs/contract.md
 
 clean: ## Remove the environment and everything built.

@@ -13,6 +13,8 @@ import sys
 BENCHMARKS = {
     "step_overhead": "what KFP's local runner adds to a step",
     "train_time": "seconds to search and fit each family",
+    "vision_drift": "how soon the monitor notices what happens to images",
+    "vision_serving": "images a second, beside BentoML with torch and FastAPI with ONNX Runtime",
     "demo": "the demo's timeline and the memory of its processes",
 }
 

@@ -2,7 +2,7 @@
 
 | folder | components |
 |---|---|
-| `tabular/` | `prepare`, `fit`, `assemble`, `judge`: from rows to a judged model |
+| `training/` | `prepare`, `fit`, `assemble`, `judge`: from rows or images to a judged model |
 | `common/` | `promote`, `record`: how every pipeline ends |
 
 All take the contract as JSON, the store's URI, `run_id` and, for runs that were given no id,

@@ -9,18 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 from kfp import dsl
 
-#: `DRIFTMILL_IMAGE` or `python -m pipelines.compile --image` name another one.
-IMAGE = os.environ.get("DRIFTMILL_IMAGE") or f"driftmill/python-tabular:{version('driftmill')}"
+
+def image(kind: Literal["tabular", "vision"]) -> str:
+    """The image of the steps for tables or for images; only the latter holds PyTorch.
+
+    `DRIFTMILL_IMAGE` or `python -m pipelines.compile --image` name another one.
+    """
+    return os.environ.get("DRIFTMILL_IMAGE") or f"driftmill/python-{kind}:{version('driftmill')}"
 
 
 def component(function: Callable[..., Any]) -> Any:
-    """A lightweight KFP component: only the function's body is shipped, the rest is in the image.
+    """A lightweight KFP component: only the function's body is shipped, the rest is in the image,
+    which the compiler replaces by the contract's.
 
     A module that defines components must not import `annotations` from `__future__`: KFP reads
     the types themselves.
     """
-    return dsl.component(base_image=IMAGE, install_kfp_package=False)(function)
+    return dsl.component(base_image=image("tabular"), install_kfp_package=False)(function)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import pandas as pd
 from driftmill import bundle, features
 from driftmill.bundle import Manifest
 from driftmill.contract import Contract
-from driftmill.data import prepare
+from driftmill.data import prepare, split
+from driftmill.data.prepare import Prepared
+from driftmill.evaluate import metrics
+from driftmill.features import Signature
 
 log = logging.getLogger("driftmill")
 
@@ -47,27 +51,49 @@ def assemble(contract: Contract, data: Path, fits: list[Path], out: Path) -> Man
     sign = features.signature(contract, prepared.train)
     columns = [c.name for c in contract.data.columns] + [contract.data.target.name]
     columns += [features.IMAGE] if contract.is_vision else []
+    about = prepared.info.model_dump(mode="json") | {
+        "candidates": {
+            record["family"]: {k: record[k] for k in ("score", "score_std", "tried", "seconds")}
+            for _, record in records
+        }
+    }
     weights = folder / WEIGHTS
-    manifest = bundle.write(
-        out,
-        contract=contract,
-        signature=sign,
-        model=folder / MODEL,
-        reference=reference(contract, prepared.test)[columns],
-        examples=examples(contract, prepared.train)[columns],
-        family=best["family"],
-        params=best["params"],
-        data=prepared.info.model_dump(mode="json")
-        | {
-            "candidates": {
-                record["family"]: {k: record[k] for k in ("score", "score_std", "tried", "seconds")}
-                for _, record in records
-            }
-        },
-        weights=weights if weights.exists() else None,
-    )
+    with tempfile.TemporaryDirectory() as scratch:
+        model = folder / MODEL
+        if contract.serve.precision != "float32":
+            model, about["precision"] = _smaller(contract, sign, prepared, model, Path(scratch))
+        manifest = bundle.write(
+            out,
+            contract=contract,
+            signature=sign,
+            model=model,
+            reference=reference(contract, prepared.test)[columns],
+            examples=examples(contract, prepared.train)[columns],
+            family=best["family"],
+            params=best["params"],
+            data=about,
+            weights=weights if weights.exists() else None,
+            training=best.get("training"),
+        )
     log.info("version %s is %s", manifest.version, best["family"])
     return manifest
+
+
+def _smaller(
+    contract: Contract, sign: Signature, prepared: Prepared, model: Path, scratch: Path
+) -> tuple[Path, dict[str, Any]]:
+    """The model in the contract's precision if it is good enough, and what was found; the rows that
+    `fit` kept out decide."""
+    from driftmill.vision import precision
+
+    train = prepared.train
+    held_out = split.held_out(train, contract, contract.train.vision.validation)
+    learnt, unseen = train[~held_out], train[held_out]
+    some = np.random.default_rng(contract.train.seed).permutation(len(learnt))
+    (calibration,) = features.arrays(learnt.iloc[some[: precision.CALIBRATION]], sign)
+    (images,) = features.arrays(unseen, sign)
+    y = metrics.encode(sign.labels, unseen[sign.target])
+    return precision.choose(contract, model, calibration, images, y, scratch)
 
 
 def choose(

@@ -88,10 +88,12 @@ def main() -> NoReturn:
         codes |= {"DataError": STOPPED, "QuarantineError": STOPPED}
         _fail(str(error), error.code if isinstance(error, Problem) else codes.get(name, FAILED))
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "driftmill"):
+        from driftmill import extras
+
+        advice = extras.advice(error)
+        if advice is None:
             raise
-        _fail(f"this needs the package {package}; pip install 'driftmill[laptop]'", FAILED)
+        _fail(advice, FAILED)
     except PermissionError as error:
         _fail(f"{error.filename}: {error.strerror}; check who owns it", FAILED)
     sys.exit(OK)
@@ -124,7 +126,11 @@ def _options(
 @app.command()
 def init(
     data: Annotated[
-        Path, typer.Argument(help="A CSV or Parquet file (also .gz).", show_default=False)
+        Path,
+        typer.Argument(
+            help="A CSV or Parquet file (also .gz), or a folder of images in a sub-folder a label.",
+            show_default=False,
+        ),
     ],
     target: Annotated[
         str | None,
@@ -135,10 +141,11 @@ def init(
     ),
     force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite the file.")] = False,
 ) -> None:
-    """Draft a contract from a data file.
+    """Draft a contract from a data file or a folder of images.
 
-    Types, ranges, categories, target, id and time are guessed from the data
-    and explained in comments; look at every line once.
+    Types, ranges, categories, target, id and time (of images: labels, size,
+    colours, formats) are guessed from the data and explained in comments;
+    look at every line once.
 
     Example: driftmill init sales.csv --target price
     """
@@ -151,8 +158,7 @@ def init(
     write_atomic(output, draft.text.encode())
     contract = draft.contract
     print(
-        f"wrote {output}: {contract.task} of {contract.data.target.name}"
-        f" from {len(contract.data.columns)} columns"
+        f"wrote {output}: {contract.task} of {contract.data.target.name} from {_inputs(contract)}"
     )
     for note in draft.notes:
         print(f"- {note}")
@@ -189,7 +195,7 @@ def validate(
     else:
         print(
             f"{contract} is valid: {document.model}, {document.task} of"
-            f" {document.data.target.name} from {len(document.data.columns)} columns,"
+            f" {document.data.target.name} from {_inputs(document)},"
             f" metric {document.metric.name} ({document.metric.direction})"
         )
     if not data:
@@ -205,6 +211,15 @@ def validate(
             " mend the source or the contract",
             STOPPED,
         )
+
+
+def _inputs(document: Contract) -> str:
+    """What a model sees, in words."""
+    image = document.data.image
+    if image is None:
+        return f"{len(document.data.columns)} columns"
+    colours = "grey" if image.channels == 1 else "colour"
+    return f"{colours} images of {image.size[1]} x {image.size[0]} pixels"
 
 
 def _check_data(document: Contract) -> dict[str, Any]:
@@ -260,6 +275,7 @@ def train(
     """Train, judge and, if the new model is better, promote.
 
     Exit code 0 promoted, 3 judged and not promoted, 4 stopped by the data, 1 failed.
+    A network whose training was cut short goes on from its last checkpoint: start it again.
 
     Example: driftmill train contract.yaml
     """
@@ -286,6 +302,8 @@ def compile_package(
     ),
 ) -> None:
     """Write the pipeline package that a Kubeflow cluster takes, and the contract as JSON.
+
+    Where several GPUs or nodes train one network, also a TrainJob for Kubeflow Trainer.
 
     Example: driftmill compile contract.yaml -o build/
     """
@@ -370,7 +388,7 @@ def up(
     """
     from driftmill import stack
 
-    asked = {"tabular": port, "monitor": monitor_port, "controller": controller_port}
+    asked = {"service": port, "monitor": monitor_port, "controller": controller_port}
     with _spinner("starting") as say:
         running = stack.up(
             contract,
@@ -467,7 +485,7 @@ def _print_facts(model: str, facts: dict[str, Any]) -> None:
 def logs(
     service: Annotated[
         str | None,
-        typer.Argument(help="tabular, monitor, controller or a run's id.", show_default=False),
+        typer.Argument(help="service, monitor, controller or a run's id.", show_default=False),
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="Last lines of each.")] = 40,
@@ -527,8 +545,14 @@ def predict(
     file: Annotated[
         Path | None,
         typer.Option(
-            help="Records: CSV, or JSON (a list, or a record a line).", show_default=False
+            help="Records: CSV, or JSON (a list, or a record a line). Of a model of images: an "
+            "image.",
+            show_default=False,
         ),
+    ] = None,
+    more: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGE]...", help="More images after --file.", show_default=False),
     ] = None,
     url: Annotated[
         str | None, typer.Option(help="The service. Default: the running stack's.")
@@ -547,13 +571,18 @@ def predict(
         raise Problem("give either --record or --file", USAGE)
     home = _home()
     document = _document(which, home)
-    records = _records(record, file, document)
-    size = document.serve.max_records
-    batches = [records[i : i + size] for i in range(0, len(records), size)]
+    if document.is_vision and file is not None:
+        batches = _image_batches([file, *(more or [])], document)
+    elif more:
+        raise Problem("only a model of images takes more than one file", USAGE)
+    else:
+        records = _records(record, file, document)
+        size = document.serve.max_records
+        batches = [records[i : i + size] for i in range(0, len(records), size)]
     if offline:
         answers = [_predict_here(document, home, batch) for batch in batches]
     else:
-        address = url or _address(home, "tabular", document.model)
+        address = url or _address(home, "service", document.model)
         answers = [_post(f"{address}/predict", {"records": batch}) for batch in batches]
     answer = {**answers[0], "predictions": [p for a in answers for p in a["predictions"]]}
     if as_json:
@@ -583,6 +612,26 @@ def _records(record: str | None, file: Path | None, document: Contract) -> list[
     if not values or not all(isinstance(v, dict) for v in values):
         raise Problem(f"{file or '--record'} does not hold a JSON object a record", USAGE)
     return values
+
+
+def _image_batches(files: list[Path], document: Contract) -> list[list[dict[str, Any]]]:
+    """Images as records, as many in a request as its limits allow."""
+    import base64
+
+    batches: list[list[dict[str, Any]]] = []
+    room = 0
+    for file in files:
+        try:
+            text = base64.b64encode(file.read_bytes()).decode()
+        except OSError as error:
+            raise Problem(f"{file} cannot be read: {error}", USAGE) from None
+        size = len(text) + 20  # with what stands around it
+        if size > room or len(batches[-1]) == document.serve.max_records:
+            batches.append([])
+            room = document.serve.max_body_bytes - 20
+        batches[-1].append({"image": text})
+        room -= size
+    return batches
 
 
 def _csv_records(file: Path, document: Contract) -> list[dict[str, Any]]:
@@ -626,18 +675,18 @@ def _value(text: str, kind: str) -> Any:
 
 def _predict_here(document: Contract, home: Home, records: list[dict[str, Any]]) -> dict[str, Any]:
     from driftmill import bundle, rollout
-    from driftmill.serving.codec import Codec, RequestError, encode_answers
+    from driftmill.serving.codec import RequestError, codec_for, encode_answers
 
     now = rollout.read(home.store, document.model)
     if now is None:
         raise Problem(f"{document.model} has no champion yet; `driftmill train` makes one")
     champion = bundle.fetch(home.store, document.model, now.champion)
-    codec = Codec(champion.signature, champion.manifest.contract)
+    codec = codec_for(champion.signature, champion.manifest.contract)
     try:
-        decoded = codec.records(json.dumps({"records": records}).encode())
+        decoded = codec.decode(codec.records(json.dumps({"records": records}).encode()))
     except RequestError as error:
         raise Problem(f"{error.path or 'the records'}: {error.message}", USAGE) from None
-    output = champion.session.run(*codec.arrays(decoded))
+    output, _ = codec.run(champion.session, decoded)
     answers = codec.answers([f"{i:026x}" for i in range(len(records))], output)
     content: dict[str, Any] = json.loads(encode_answers(document.model, champion.version, answers))
     for prediction in content["predictions"]:
@@ -678,7 +727,7 @@ def replay(
     from driftmill.data import sources
 
     document = _load(contract)
-    address = url or _address(_home(), "tabular", document.model)
+    address = url or _address(_home(), "service", document.model)
     try:
         delay = None if label_delay == "none" else float(str(parse_duration(label_delay)))
     except ValueError as error:
@@ -1051,7 +1100,9 @@ def trigger(
 
 @app.command()
 def demo(
-    example: Annotated[str, typer.Argument(help="payments or bike-sharing.")] = "payments",
+    example: Annotated[
+        str, typer.Argument(help="payments, bike-sharing, digits or fashion-mnist.")
+    ] = "payments",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The page. Default: in the home folder.")
     ] = None,

@@ -516,6 +516,11 @@ class Resources(Section):
     spot: bool = False
     """Whether a step may run on a node that can be taken away."""
 
+    @property
+    def distributed(self) -> bool:
+        """Whether several processes train one network together."""
+        return self.nodes > 1 or self.gpu > 1
+
 
 class Augment(Section):
     """Random changes to training images, each drawn anew for every image and epoch."""
@@ -854,6 +859,13 @@ class Contract(Section):
                 )
         if not self.is_vision and self.serve.precision != "float32":
             raise ValueError("serve.precision is for image tasks")
+        if not self.is_vision and self.train.resources.nodes > 1:
+            raise ValueError("train.resources.nodes is for image tasks: tables train on one node")
+        if self.train.resources.gpu and self.train.vision.device == "cpu":
+            raise ValueError(
+                f"train.resources.gpu asks for {self.train.resources.gpu} and "
+                "train.vision.device is cpu: set gpu: 0 or device: auto"
+            )
         return self
 
     @model_validator(mode="after")

@@ -27,6 +27,8 @@ MISSING = ""
 ID, TIME = "_id", "_time"
 #: Of image tasks: the image, uint8 (channels, height, width) in memory; and the model's embedding.
 IMAGE, EMBEDDING = "_image", "_embedding"
+#: Of the stream: the bytes that a client would send.
+ORIGINAL = "_original"
 
 
 class Signature(BaseModel):

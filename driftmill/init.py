@@ -1,5 +1,6 @@
-"""Draft a contract from a data file: types, ranges, categories, target, id and time, with comments
-that say what was seen, so that a person can correct what a program cannot know."""
+"""Draft a contract from a data file (types, ranges, categories, target, id and time) or a folder of
+images (labels, size, colours, formats), with comments that say what was seen, so that a person can
+correct what a program cannot know."""
 
 from __future__ import annotations
 
@@ -7,18 +8,21 @@ import csv
 import gzip
 import math
 import os
+import random
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
 from driftmill import contract as contracts
-from driftmill.contract import Column, Contract, Csv, did_you_mean
+from driftmill.contract import Column, Contract, Csv, Image, did_you_mean
 
 #: Texts that mean "no value".
 MISSING = Csv().missing
@@ -27,6 +31,8 @@ MISSING = Csv().missing
 MAX_CATEGORIES, MAX_CLASSES = 50, 10
 #: Rows that are looked at.
 MAX_ROWS = 500_000
+#: Images that are looked at, and the longest side that is proposed.
+MAX_IMAGES, MAX_SIDE = 500, 224
 #: Categories of a column are listed up to this many; beyond it training learns them.
 MAX_LISTED = 20
 TARGETS = ("target", "label", "class", "outcome", "y", "default", "churn", "fraud", "species")
@@ -89,17 +95,22 @@ class _Seen:
 
 
 def draft(data: Path, *, target: str | None = None, folder: Path | None = None) -> Draft:
-    """Draft a contract from a CSV or Parquet file (gzip is unpacked).
+    """Draft a contract from a CSV or Parquet file (gzip is unpacked), or from a folder that has a
+    sub-folder of images for each label.
 
     Args:
-        data: the file.
-        target: column to predict; None guesses one by its name, else takes the last.
+        data: the file or folder.
+        target: column to predict; None guesses one by its name, else takes the last. Of a folder
+            it is what the label is called, `label` by default.
         folder: where the contract will lie; the source is written relative to it where it is
             near, else as an absolute path.
 
     Raises:
-        InitError: the file cannot be read, has no rows, or no such column.
+        InitError: the file cannot be read, has no rows, or no such column; the folder has no two
+            labels, or no image that can be read.
     """
+    if data.is_dir():
+        return _draft_images(data, target or "label", folder or data.resolve().parent)
     frame, dialect = _read(data)
     if len(frame) < 2 or frame.shape[1] < 2:
         raise InitError(
@@ -121,6 +132,110 @@ def draft(data: Path, *, target: str | None = None, folder: Path | None = None) 
     parts = _parts(seen, target, notes)
     text = _text(data, folder or data.resolve().parent, dialect, seen, target, parts, notes)
     return Draft(text, contracts.parse(text, name="the draft"), tuple(notes))
+
+
+# Images
+
+
+def _draft_images(data: Path, target: str, folder: Path) -> Draft:
+    paths = [
+        path
+        for path in sorted(data.rglob("*"))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(data).parts)
+    ]
+    counts = Counter(p.relative_to(data).parts[0] for p in paths if p.parent != data)
+    if len(counts) < 2:
+        raise InitError(
+            f"{data} has files in {len(counts)} sub-folders; a contract needs two labels, each"
+            " with a sub-folder of images"
+        )
+    notes = []
+    if loose := len(paths) - counts.total():
+        notes.append(f"{loose} files lie in no sub-folder and have no label")
+    image, seen = _look_at_images(paths, notes)
+    rarest = min(counts, key=lambda label: counts[label])
+    notes.append(f"{len(counts)} labels; the rarest is {rarest} with {counts[rarest]} files")
+    gates = "\n".join(_gates_lines(counts.total(), notes))
+    size = image.size[0] if image.size[0] == image.size[1] else list(image.size)
+    text = f"""\
+# Drafted by `driftmill init` from {_comment(data.name)}: {len(counts)} labels.
+# Look at every line once: a program cannot know what the data means.
+# All settings: docs/contract.md. Check it with `driftmill validate`.
+apiVersion: driftmill/v1
+model: {_yaml(_model_name(data.resolve()))}
+owner: ""  # who answers for it
+task: image-classification
+
+data:
+  source: {_yaml(_uri(data, folder, "folder"))}
+  target:
+    name: {_yaml(target)}
+    labels: {_yaml(sorted(counts))}
+  id: path  # of the file, below the folder
+  image:
+    size: {_yaml(size)}  # seen {seen}
+    channels: {image.channels}
+    resize: crop  # or pad, stretch
+    formats: {_yaml(list(image.formats))}
+    # convert: [transparent]  # kinds to take instead of setting them aside
+
+train:
+  candidates: [small-cnn]
+  vision:
+    epochs: 10
+    # augment: {{flip: true, shift: 0.1}}  # changes that leave the label as it is
+
+{gates}
+
+monitor:
+  window: 500  # images that are compared with the test images at a time
+
+retrain:
+  min_fresh_rows: 500  # labelled images since the last training
+  cooldown: 1h
+  budget: {{runs: 10, period: 1d}}
+"""
+    return Draft(text, contracts.parse(text, name="the draft"), tuple(notes))
+
+
+def _look_at_images(paths: list[Path], notes: list[str]) -> tuple[Image, str]:
+    """What fits a random part of some files, and what sizes were seen."""
+    from driftmill.vision import images  # needs Pillow, which tables do not
+
+    chosen = random.Random(0).sample(paths, min(len(paths), MAX_IMAGES))  # noqa: S311
+    rules = Image(size=(16, 16))
+    grey, sizes, refused = True, [], Counter[str]()
+    for path in chosen:
+        content = path.read_bytes()
+        try:
+            name = images.format_of(content) if content else ""
+            if name and name not in rules.formats:
+                rules = Image.model_validate({"size": 16, "formats": [*rules.formats, name]})
+            decoded = images.decode(content, rules)
+        except images.ImageError as error:
+            refused[str(error)] += 1
+            continue
+        grey = grey and bool((decoded.pixels == decoded.pixels[0]).all())
+        sizes.append((decoded.height, decoded.width))
+    if not sizes:
+        raise InitError(f"none of {len(chosen)} files can be used: {_listed(refused)}")
+    if refused:
+        notes.append(
+            f"{refused.total()} of {len(chosen)} files that were looked at will be set aside: "
+            f"{_listed(refused)}"
+        )
+    (height, width), most = Counter(sizes).most_common(1)[0]
+    if most < len(sizes) or max(height, width) > MAX_SIDE:
+        # The usual side, and no more than the networks have learnt to look at.
+        height = width = min(int(np.median([min(size) for size in sizes])), MAX_SIDE)
+    shortest, longest = min(map(min, sizes)), max(map(max, sizes))
+    seen = f"{shortest} to {longest} pixels a side" if most < len(sizes) else "in every image"
+    side = (max(height, 4), max(width, 4))
+    return rules.model_copy(update={"size": side, "channels": 1 if grey else 3}), seen
+
+
+def _listed(counts: Counter[str]) -> str:
+    return ", ".join(f"{reason} ({n})" for reason, n in counts.most_common())
 
 
 # Reading
@@ -428,11 +543,11 @@ def _model_name(path: Path) -> str:
     return name or "model"
 
 
-def _uri(data: Path, folder: Path) -> str:
+def _uri(data: Path, folder: Path, scheme: str = "file") -> str:
     absolute = data.resolve()
     relative = os.path.relpath(absolute, folder.resolve())
     near = not relative.startswith(os.path.join("..", "..", ".."))
-    return f"file:{relative}" if near else f"file://{absolute}"
+    return f"{scheme}:{relative}" if near else f"{scheme}://{absolute}"
 
 
 def _text(
@@ -486,16 +601,8 @@ def _text(
         f"  metric: {'auc' if parts.task == 'classification' else 'rmse'}",
         "  # search: {method: random, budget: 6, folds: 3}",
         "",
-        "gates:",
-        "  confidence: 0.95  # a new model must be better with this confidence",
+        *_gates_lines(rows, notes),
     ]
-    test_rows = int(rows * 0.2)
-    if test_rows < 125:
-        needed = max(10, int(test_rows * 0.8))
-        lines.append(
-            f"  min_test_rows: {needed}  # the file is small; with fewer, none is promoted"
-        )
-        notes.append(f"with {rows} rows only large improvements can be told from chance")
     groups = [c.name for c in parts.inputs if c.type == "bool" or 0 < len(c.categories) <= 10]
     if groups:
         lines.append(
@@ -513,6 +620,16 @@ def _text(
         "  budget: {runs: 10, period: 1d}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _gates_lines(rows: int, notes: list[str]) -> list[str]:
+    lines = ["gates:", "  confidence: 0.95  # a new model must be better with this confidence"]
+    test_rows = int(rows * 0.2)
+    if test_rows < 125:
+        needed = max(10, int(test_rows * 0.8))
+        lines.append(f"  min_test_rows: {needed}  # the data are few; with fewer, none is promoted")
+        notes.append(f"with {rows} rows only large improvements can be told from chance")
+    return lines
 
 
 def _target_lines(s: _Seen, parts: _Parts) -> list[str]:

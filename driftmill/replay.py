@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from base64 import b64encode
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import httpx
 import pandas as pd
 
 from driftmill.contract import Contract
-from driftmill.features import ID, TIME
+from driftmill.features import ID, IMAGE, ORIGINAL, TIME
 
 #: Most labels in one request, and how often labels that are due are sent.
 LABELS, LABEL_PERIOD = 500, 0.2
@@ -84,7 +85,7 @@ async def replay(
 
     Args:
         rows: a prepared table (see `driftmill.data.prepare`); only the contract's inputs, `_id`,
-            `_time` and the target are used.
+            `_time` and the target are used; for inputs that are images `_original` or `_image`.
         url: of the service, e.g. `http://127.0.0.1:3000`.
         contract: names and types of the inputs, and the target.
         rate: rows in a second.
@@ -126,9 +127,14 @@ async def replay(
 
 
 def records(rows: pd.DataFrame, contract: Contract) -> Iterator[dict[str, Any]]:
-    """The rows as `/predict` takes them: values that JSON can carry, null for a missing one."""
-    names = [c.name for c in contract.data.columns]
-    columns = [_values(rows[c.name], c.type) for c in contract.data.columns]
+    """The rows as `/predict` takes them: values that JSON can carry, null for a missing one; of an
+    image base64 of its file."""
+    if contract.is_vision:
+        names = ["image"]
+        columns: list[list[Any]] = [[b64encode(file).decode() for file in _files(rows)]]
+    else:
+        names = [c.name for c in contract.data.columns]
+        columns = [_values(rows[c.name], c.type) for c in contract.data.columns]
     if ID in rows:
         names.append(ID)
         columns.append([str(v) for v in rows[ID]])
@@ -141,6 +147,15 @@ def records(rows: pd.DataFrame, contract: Contract) -> Iterator[dict[str, Any]]:
         if record.get(TIME, "") is None:
             del record[TIME]
         yield record
+
+
+def _files(rows: pd.DataFrame) -> Iterator[bytes]:
+    """The file of each image as it came, where it is known, else the pixels that the model sees."""
+    from driftmill.vision import images
+
+    originals = rows[ORIGINAL] if ORIGINAL in rows else [None] * len(rows)
+    for original, pixels in zip(originals, rows[IMAGE], strict=True):
+        yield original if original is not None else images.to_png(pixels)
 
 
 def label_values(rows: pd.DataFrame, contract: Contract) -> list[str | float | None]:

@@ -37,7 +37,7 @@ from driftmill.home import Home
 from driftmill.store import Store, write_atomic
 
 #: The services and the ports that they take if these are free.
-PORTS = {"tabular": 3000, "monitor": 3001, "controller": 3002}
+PORTS = {"service": 3000, "monitor": 3001, "controller": 3002}
 HOST = "127.0.0.1"
 #: Seconds that a service gets to finish its work before it is killed, and a training run.
 GRACE, RUN_GRACE = 15.0, 20.0
@@ -129,7 +129,7 @@ def up(
     """
     path = contract_path.resolve()
     document = contracts.load(path)
-    wanted = ["tabular", *(["monitor"] if monitor else []), *(["controller"] if controller else [])]
+    wanted = ["service", *(["monitor"] if monitor else []), *(["controller"] if controller else [])]
     with _lock(home), hold_signals() as stopped, ExitStack() as undo:
         known = services(home)
         running = {name: s for name, s in known.items() if _process(s) is not None}
@@ -145,7 +145,8 @@ def up(
             if name in known:
                 _end_orphans(known[name], home)
             offset = _rotate(home, name)
-            child = _start(name, home, _arguments(name, document, path, home, chosen))
+            arguments = _arguments(name, document, path, home, chosen)
+            child = _start(name, _module(name, document), home, arguments)
             processes[name] = child
             service = Service(
                 name=name,
@@ -165,7 +166,7 @@ def up(
         until = time.monotonic() + deadline
         for service, child, offset in children:
             # Without a first model the service is up, but has nothing to be ready with.
-            page = "/readyz" if has_model or service.name != "tabular" else "/livez"
+            page = "/readyz" if has_model or service.name != "service" else "/livez"
             _await(service, child, page, until, stopped, offset)
             say(f"{service.name} answers at {service.url}")
         undo.pop_all()
@@ -402,7 +403,7 @@ def _token(home: Home) -> Path:
 def _arguments(
     name: str, document: Contract, path: Path, home: Home, ports: Mapping[str, int]
 ) -> list[str]:
-    arguments = ["--model", document.model] if name == "tabular" else ["--contract", str(path)]
+    arguments = ["--model", document.model] if name == "service" else ["--contract", str(path)]
     if name == "controller":
         arguments += ["--token-file", str(home.token_file)]
     if name == "monitor" and "controller" in ports:
@@ -422,7 +423,14 @@ def _rotate(home: Home, name: str) -> int:
     return size
 
 
-def _start(name: str, home: Home, arguments: list[str]) -> subprocess.Popen[bytes]:
+def _module(name: str, document: Contract) -> str:
+    """The module that a service runs."""
+    if name == "service":
+        return "services.vision" if document.is_vision else "services.tabular"
+    return f"services.{name}"
+
+
+def _start(name: str, module: str, home: Home, arguments: list[str]) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         **home.environment(),
@@ -434,7 +442,7 @@ def _start(name: str, home: Home, arguments: list[str]) -> subprocess.Popen[byte
     with (home.logs / f"{name}.log").open("ab") as log:
         # A session of its own: the terminal's Ctrl-C and hang-up do not reach it.
         return subprocess.Popen(
-            [sys.executable, "-m", f"services.{name}", *arguments],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -69,9 +69,11 @@ def fit(
     asked, place, folder = _read(contract), Store(store), _folder(out)
     with runs.step(place, asked.model, run_id, "fit", family) as step:
         if asked.is_vision:
+            from driftmill.vision import job
             from driftmill.vision.fit import fit as fit_network
 
-            result = fit_network(asked, family, Path(data), folder, place)
+            taken = job.take(asked, family, Path(data), folder, place)
+            result = taken or fit_network(asked, family, Path(data), folder, place)
         else:
             from driftmill.tabular.fit import fit as fit_family
 

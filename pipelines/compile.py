@@ -2,8 +2,8 @@
 
 `python -m pipelines.compile --contract FILE --output DIR` writes `pipeline.yaml`, a KFP package
 (pipeline spec and, where the contract places steps on certain nodes, platform spec) that
-`kfp run create -e EXPERIMENT -f pipeline.yaml` runs as it is. The same contract gives the same
-bytes.
+`kfp run create -e EXPERIMENT -f pipeline.yaml` runs as it is; where several GPUs or nodes train one
+network, also `trainjob.yaml`, for Kubeflow Trainer. The same contract gives the same bytes.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ def main(arguments: list[str] | None = None) -> int:
 def compile_package(
     contract: Contract, folder: Path, *, store: str, image: str | None = None
 ) -> Path:
-    """Write `pipeline.yaml`.
+    """Write `pipeline.yaml` and, for what one pod cannot train, `trainjob.yaml`.
 
     Args:
         contract: what to compile.
         folder: where to; created.
         store: default of the pipeline's parameter `store`.
-        image: image of every step; None keeps the components' own.
+        image: image of every step; None: the usual one for tables or for images.
 
     Returns:
-        The file's path.
+        Path of `pipeline.yaml`.
 
     Raises:
         ValueError: the package is larger than a cluster takes.
@@ -65,10 +65,12 @@ def compile_package(
     # KFP takes a second or two to import: a bad contract is refused before that.
     from kfp import compiler
 
-    from pipelines import pods, tabular
+    from components.image import image as usual_image
+    from pipelines import pods, training, trainjob
 
+    image = image or usual_image("vision" if contract.is_vision else "tabular")
     configure = partial(pods.configure, resources=contract.train.resources, image=image)
-    pipeline = tabular.build(
+    pipeline = training.build(
         contract, store=store, code_version=code_version(), configure=configure
     )
     folder.mkdir(parents=True, exist_ok=True)
@@ -76,6 +78,7 @@ def compile_package(
     compiler.Compiler().compile(pipeline, str(path))
     if (size := path.stat().st_size) > MAX_BYTES:
         raise ValueError(f"{path} has {size} bytes; a cluster takes {MAX_BYTES}: shorten the lists")
+    trainjob.write(contract, folder / "trainjob.yaml", store=store, image=image)
     return path
 
 

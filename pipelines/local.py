@@ -45,10 +45,10 @@ def main() -> None:
 
     from kfp import local
 
-    from pipelines import tabular
+    from pipelines import training
 
     contract = Contract.model_validate_json(job.contract)
-    pipeline = tabular.build(contract, store=job.store, code_version=code_version())
+    pipeline = training.build(contract, store=job.store, code_version=code_version())
     # No workspace_root: KFP deletes that folder after each run. No exception on a failed step
     # either: the outcome says it better.
     local.init(

@@ -20,7 +20,7 @@ class Display(Protocol):
     """Shows a run."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """A step started or ended."""
+        """A step started, got on or ended."""
 
     def line(self, text: str) -> None:
         """A line for people."""
@@ -91,13 +91,19 @@ class Events:
 
 @dataclass
 class Lines:
-    """One plain line for each step that ends, for logs and pipes."""
+    """One plain line for each step that ends, and for each tenth of a long one, for logs and
+    pipes."""
 
     clock: Clock
     starts: dict[str, float] = field(default_factory=dict)
 
     def event(self, event: dict[str, Any]) -> None:
-        """A step started or ended."""
+        """A step started, got on or ended."""
+        if event["event"] == "progress":
+            done, total = event["done"], event["total"]
+            if done * 10 // total > (done - 1) * 10 // total:
+                self.line(f"  {_so_far(event)}")
+            return
         text = describe(self.clock, self.starts, event)
         if text:
             self.line(text)
@@ -115,19 +121,20 @@ class Bar:
     progress: Progress
     task: Any
     starts: dict[str, float] = field(default_factory=dict)
-    running: list[str] = field(default_factory=list)
+    running: dict[str, str] = field(default_factory=dict)
+    """The steps that run, by their label, with how far they are."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """A step started or ended."""
-        text = describe(self.clock, self.starts, event)
+        """A step started, got on or ended."""
         name = label(event)
-        if event["state"] == "start":
-            self.running.append(name)
-        elif name in self.running:
-            self.running.remove(name)
-        if text:
+        if event["event"] == "progress":
+            self.running[name] = _so_far(event)
+        elif text := describe(self.clock, self.starts, event):  # it has ended
+            self.running.pop(name, None)
             self.line(text)
-        self.progress.update(self.task, description=", ".join(self.running))
+        else:
+            self.running[name] = name
+        self.progress.update(self.task, description=", ".join(self.running.values()))
 
     def line(self, text: str) -> None:
         """A line for people."""
@@ -168,8 +175,13 @@ def label(event: dict[str, Any]) -> str:
     return f"{event['step']} {event.get('family', '')}".strip()
 
 
+def _so_far(event: dict[str, Any]) -> str:
+    detail = f", {event['detail']}" if event["detail"] else ""
+    return f"{label(event)} {event['done']}/{event['total']}{detail}"
+
+
 def describe(watch: Clock, starts: dict[str, float], event: dict[str, Any]) -> str:
-    """The line for an event, empty for a start; keeps `starts` and the clock."""
+    """The line for a step's event, empty for a start; keeps `starts` and the clock."""
     name = label(event)
     if event["state"] == "start":
         starts[name] = watch.elapsed()

@@ -183,7 +183,12 @@ def _engine(
         errors="replace",
         # A group of its own, to be ended as a whole; TMPDIR because KFP leaves files there.
         start_new_session=True,
-        env={**os.environ, **home.environment(), "TMPDIR": str(root / "tmp")},
+        env={
+            "OMP_NUM_THREADS": str(_threads(contract)),
+            **os.environ,
+            **home.environment(),
+            "TMPDIR": str(root / "tmp"),
+        },
     )
     assert process.stdin is not None
     assert process.stdout is not None
@@ -202,11 +207,18 @@ def _engine(
         raise _EngineFailed(f"the pipeline's process ended with exit code {code}")
 
 
+def _threads(contract: Contract) -> int:
+    """Threads that a step may compute with. KFP's local runner fits two families at a time; with
+    more threads than cores, both wait for each other more than they compute."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // min(len(contract.train.candidates), 2))
+
+
 def _show(line: str, display: progress.Display, log: Any, *, verbose: bool) -> None:
     """Put a line of the pipeline's process into the log, and on show if it is an event."""
     text = _COLOUR.sub("", line.rstrip())
     log.write(text + "\n")
-    if text.lstrip().startswith('{"event": "step"'):
+    if text.lstrip().startswith(('{"event": "step"', '{"event": "progress"')):
         display.event(json.loads(text))
     elif verbose:
         display.line(text)

@@ -326,12 +326,12 @@ def test_runs_and_report(run: Run, store: Store) -> None:
 
 def test_logs(run: Run, tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "tabular.log").write_text("one\ntwo\nthree\n")
+    (tmp_path / "logs" / "service.log").write_text("one\ntwo\nthree\n")
     (tmp_path / "logs" / "run-a.log").write_text("step\n")
     assert run("logs", "-n", "2")[1] == "two\nthree\n"
     assert run("logs", "a")[1] == "step\n"
     code, _, errors = run("logs", "nothing")
-    assert (code, "there are run-a, tabular" in errors) == (2, True)
+    assert (code, "there are run-a, service" in errors) == (2, True)
 
 
 def test_the_home_option_comes_before_the_variable(run: Run, tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_traffic_through_a_running_stack(
     code, out, _ = run("up", contract_file, "--port", 0, "--no-monitor", "--no-controller")
     try:
         assert code == 0
-        assert "tabular" in out
+        assert "service" in out
         status = json.loads(run("status", "--json")[1])
         assert status["rollout"]["champion"] == versions[1]
         assert [s["state"] for s in status["services"]] == ["ready", "not started", "not started"]
@@ -421,7 +421,7 @@ def test_traffic_through_a_running_stack(
         assert f"{rows} labels accepted, 0 failed" in out
     finally:
         code, out, _ = run("down")
-    assert (code, out) == (0, "tabular stopped\n")
+    assert (code, out) == (0, "service stopped\n")
 
 
 @pytest.mark.slow

@@ -208,6 +208,10 @@ def test_a_mistake_in_an_image_contract(old: str, new: str, told: str) -> None:
         ("train: {metric: rmse}", "train.metric rmse is not for image-classification"),
         ("train: {vision: {weights: {file: a.safetensors}}}", "train.vision.weights.sha256"),
         ("gates: {slices: {columns: [embedding]}}", "not a column of data.columns"),
+        (
+            "train: {resources: {gpu: 2}, vision: {device: cpu}}",
+            "train.resources.gpu asks for 2 and train.vision.device is cpu",
+        ),
     ],
 )
 def test_a_mistake_in_a_section_for_images(added: str, told: str) -> None:
@@ -220,6 +224,7 @@ def test_a_mistake_in_a_section_for_images(added: str, told: str) -> None:
     [
         ("train: {candidates: [resnet18]}", "train.candidates: resnet18 is not for classification"),
         ("serve: {precision: int8}", "serve.precision is for image tasks"),
+        ("train: {resources: {nodes: 2}}", "train.resources.nodes is for image tasks"),
     ],
 )
 def test_what_is_for_images_is_refused_for_a_table(added: str, told: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import PIL.Image
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +18,8 @@ from hypothesis import strategies as st
 from driftmill import contract, init
 from driftmill.contract import Contract
 from driftmill.data import schema, sources
+from driftmill.vision import images
+from tests.vision.pictures import PICTURES, write_folder
 
 
 def check(path: Path, **settings: Any) -> Contract:
@@ -254,3 +257,60 @@ def test_real_data_sets(
     document = check(path, target=target)
     assert document.task == task
     assert document.data.target.name == target
+
+
+# Images
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    write_folder(tmp_path / "My Photos")
+    document = check(tmp_path / "My Photos")
+    assert document.model == "my-photos"
+    assert document.task == "image-classification"
+    assert document.data.target.labels == ("class 0", "class 1", "class 2")
+    assert document.data.image is not None
+    assert (document.data.image.size, document.data.image.channels) == ((9, 7), 1)
+    assert document.data.id == "path"
+    assert document.gates.min_test_rows == 10
+
+
+def test_images_of_many_sizes_in_colour(tmp_path: Path) -> None:
+    for i, side in enumerate((40, 60, 300)):
+        folder = tmp_path / "all" / f"c{i % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = PIL.Image.effect_mandelbrot((side, side + i), (-2, -1, 1, 1), 50).convert("RGB")
+        picture.putpixel((0, 0), (255, 0, 0))
+        picture.save(folder / f"{i}.{'gif' if i == 0 else 'jpg'}")
+    draft = init.draft(tmp_path / "all", target="kind", folder=tmp_path)
+    image = draft.contract.data.image
+    assert image is not None
+    assert image.size == (60, 60)
+    assert image.channels == 3
+    assert "gif" in image.formats
+    assert draft.contract.data.target.name == "kind"
+    assert "# seen 40 to 302 pixels a side" in draft.text
+
+
+def test_what_a_person_should_know_of_a_folder(tmp_path: Path) -> None:
+    write_folder(tmp_path / "all")
+    (tmp_path / "all" / "loose.png").write_bytes(images.array_to_png(PICTURES[0]))
+    (tmp_path / "all" / "class 1" / "notes.txt").write_text("no image")
+    (tmp_path / "all" / "class 1" / "empty.png").touch()
+    (tmp_path / "all" / ".git").mkdir()
+    (tmp_path / "all" / ".git" / "x").touch()
+    notes = init.draft(tmp_path / "all", folder=tmp_path).notes
+    assert "1 files lie in no sub-folder and have no label" in notes
+    assert any("2 of 33 files" in n and "not an image (1), empty (1)" in n for n in notes)
+    assert "3 labels; the rarest is class 0 with 10 files" in notes
+
+
+def test_folders_that_no_contract_can_be_drafted_from(tmp_path: Path) -> None:
+    (tmp_path / "one" / "a").mkdir(parents=True)
+    (tmp_path / "one" / "a" / "x.png").write_bytes(images.array_to_png(PICTURES[0]))
+    with pytest.raises(init.InitError, match="files in 1 sub-folders; a contract needs two"):
+        init.draft(tmp_path / "one")
+    for label in "ab":
+        (tmp_path / "text" / label).mkdir(parents=True)
+        (tmp_path / "text" / label / "x.txt").write_text("x")
+    with pytest.raises(init.InitError, match=r"none of 2 files can be used: not an image \(2\)"):
+        init.draft(tmp_path / "text")

@@ -86,6 +86,26 @@ def test_a_step_that_raises_is_recorded_and_raises_on(store: Store) -> None:
     assert failed.reason == "division by zero"
 
 
+def test_a_step_that_lacks_a_package_says_what_to_install(store: Store) -> None:
+    with pytest.raises(ModuleNotFoundError), runs.step(store, MODEL, "r1", "fit", "resnet18"):
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+    (failed,) = runs.steps(store, MODEL, "r1")
+    assert failed.reason == "this needs the package torch; pip install 'driftmill[laptop,vision]'"
+
+
+def test_progress_is_one_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    runs.progress("fit", "resnet18", 3, 10, "validation accuracy 0.914")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == {
+        "event": "progress",
+        "step": "fit",
+        "family": "resnet18",
+        "done": 3,
+        "total": 10,
+        "detail": "validation accuracy 0.914",
+    }
+
+
 def test_data_at_fault_is_told_from_failure(store: Store) -> None:
     def stop() -> None:
         try:

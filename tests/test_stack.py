@@ -26,6 +26,7 @@ from driftmill.retrain.policy import Trigger
 from driftmill.stack import Service, StackError
 from driftmill.store import Store
 from tests.conftest import CONTRACT
+from tests.pipelines.contracts import IMAGES
 
 ANY = dict.fromkeys(stack.PORTS, 0)
 
@@ -71,20 +72,20 @@ def processes_of(home: Home) -> list[psutil.Process]:
 
 
 def note(home: Home, contract_file: Path, **changes: object) -> Service:
-    """Write down this very process as the tabular service."""
+    """Write down this very process as the service."""
     service = Service(
-        name="tabular",
+        name="service",
         pid=os.getpid(),
         started=psutil.Process().create_time(),
         port=1,
-        log=str(home.logs / "tabular.log"),
+        log=str(home.logs / "service.log"),
         model="tiny",
         contract=str(contract_file),
         contract_sha256="0" * 64,
     )
     service = replace(service, **changes)  # type: ignore[arg-type]
     home.processes.mkdir(parents=True, exist_ok=True)
-    (home.processes / "tabular.json").write_text(json.dumps(vars(service)))
+    (home.processes / "service.json").write_text(json.dumps(vars(service)))
     return service
 
 
@@ -104,17 +105,17 @@ def test_up_twice_a_service_killed_up_again_and_down_twice(
     assert second.services == first.services
     assert second.children == ()
     with pytest.raises(StackError, match="already runs on port"):
-        stack.up(contract_file, home, ports={"tabular": first.services["tabular"].port + 1})
+        stack.up(contract_file, home, ports={"service": first.services["service"].port + 1})
 
     os.kill(first.services["monitor"].pid, signal.SIGKILL)
     first.children[1].wait()
     assert {s.name: s.state for s in stack.status(home)} == {
-        "tabular": "ready",
+        "service": "ready",
         "monitor": "dead",
         "controller": "ready",
     }
     third = stack.up(contract_file, home)
-    assert third.services["tabular"] == first.services["tabular"]
+    assert third.services["service"] == first.services["service"]
     assert third.services["monitor"].port == first.services["monitor"].port
     assert third.services["monitor"].pid != first.services["monitor"].pid
 
@@ -128,11 +129,23 @@ def test_up_twice_a_service_killed_up_again_and_down_twice(
 def test_without_a_model_the_service_is_up_but_not_ready(home: Home, contract_file: Path) -> None:
     running = stack.up(contract_file, home, ports=ANY, monitor=False, controller=False)
     assert not running.ready
-    assert list(running.services) == ["tabular"]
+    assert list(running.services) == ["service"]
     assert [s.state for s in stack.status(home)] == ["not ready", "not started", "not started"]
     contract_file.write_text(CONTRACT + "owner: somebody\n")
     with pytest.raises(StackError, match="has changed"):
         stack.up(contract_file, home)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "module"), [(CONTRACT, "tabular"), (IMAGES, "vision")])
+def test_the_service_is_the_one_for_the_task(
+    home: Home, contract_file: Path, text: str, module: str
+) -> None:
+    contract_file.write_text(text)
+    running = stack.up(contract_file, home, ports=ANY, monitor=False, controller=False)
+    service = running.services["service"]
+    assert f"services.{module}" in psutil.Process(service.pid).cmdline()
+    assert Path(service.log).name == "service.log"
 
 
 @pytest.mark.slow
@@ -143,12 +156,12 @@ def test_a_usual_port_that_is_taken_is_replaced_and_said(
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            other.bind((stack.HOST, stack.PORTS["tabular"]))
+            other.bind((stack.HOST, stack.PORTS["service"]))
             other.listen()
         except OSError:
             pass  # somebody else has it already: as good
         running = stack.up(contract_file, home, monitor=False, controller=False, say=said.append)
-    assert running.services["tabular"].port != stack.PORTS["tabular"]
+    assert running.services["service"].port != stack.PORTS["service"]
     assert any("3000 is taken" in text for text in said)
 
 
@@ -203,7 +216,7 @@ def test_another_process_with_the_same_id_is_not_the_service(
 ) -> None:
     note(home, contract_file, started=psutil.Process().create_time() - 3600)
     assert stack.status(home)[0].state == "dead"
-    assert stack.address(home, "tabular") is None
+    assert stack.address(home, "service") is None
     assert stack.memory(home) == 0
     assert stack.down(home) == []  # and this test lives on
     assert stack.services(home) == {}
@@ -261,7 +274,7 @@ def test_the_stack_of_another_contract_is_left_alone(home: Home, contract_file: 
     note(home, contract_file, contract="/elsewhere/contract.yaml")
     with pytest.raises(StackError, match="driftmill down"):
         stack.up(contract_file, home, ports=ANY)
-    (home.processes / "tabular.json").unlink()
+    (home.processes / "service.json").unlink()
 
 
 def test_two_commands_at_once(home: Home, contract_file: Path) -> None:

@@ -1,1 +1,1 @@
-"""Components that every family's pipeline ends with."""
+"""Components that every pipeline ends with."""

@@ -2,10 +2,14 @@
 
 Every row that is read ends in exactly one place, and `DatasetInfo` counts them all:
 
-    read = train + test + quarantined + replaced + held out + older
+    read = train + test + quarantined + replaced + held out + older + imageless
 
 `replaced` rows have the same id as a newer one, `held out` rows of the log stand in the fixed test
-set already, `older` rows fell out because the contract learns from the newest `train.rows` only.
+set already, `older` rows fell out because the contract learns from the newest `train.rows` only,
+`imageless` rows of the log are of an image task whose log kept no image of them.
+
+Of an image task the pixels lie beside the tables, `train-images.npy` and `test-images.npy`: uint8
+(rows, channels, height, width), in the tables' order.
 """
 
 from __future__ import annotations
@@ -15,13 +19,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from pydantic import BaseModel, ConfigDict
 
 from driftmill.contract import Contract
 from driftmill.data import profile, schema, sources, split
 from driftmill.data.schema import DataError
-from driftmill.features import ID, TIME
+from driftmill.features import EMBEDDING, ID, IMAGE, TIME
 from driftmill.store import Store, write_atomic
 
 __all__ = ["DatasetInfo", "Prepared", "prepare", "read"]
@@ -62,6 +67,8 @@ class DatasetInfo(BaseModel):
     """Logged rows left out because they stand in the fixed test set."""
     older_rows: int
     """Rows left out because there are `train.rows` newer ones."""
+    imageless_rows: int = 0
+    """Logged rows left out because the log has no image of them."""
     from_time: datetime | None
     """Time of the first row, where rows have a time."""
     to_time: datetime | None
@@ -87,7 +94,8 @@ def prepare(contract: Contract, out: Path, store: Store | None = None) -> Datase
     Args:
         contract: says where the data is and what it must look like.
         out: folder for `train.parquet`, `test.parquet`, `quarantine.parquet`, `profile.json`,
-            `profile.html` and `dataset.json`; created.
+            `profile.html` and `dataset.json`, and of images `train-images.npy` and
+            `test-images.npy`; created.
         store: where the inference log is; its labelled rows are learnt from too. None: history
             alone.
 
@@ -106,7 +114,8 @@ def prepare(contract: Contract, out: Path, store: Store | None = None) -> Datase
                 f"{data.source.uri} has no rows before data.time.until {data.time.until}"
             )
     parts = {"history": schema.validate(raw, contract, origin="source")}
-    logged = _logged(contract, store)
+    del raw  # images are large: those that the model sees are enough
+    logged, imageless = _logged(contract, store)
     if logged is not None:
         parts["log"] = schema.validate(logged, contract, logged=True)
     if data.test is not None:
@@ -115,11 +124,11 @@ def prepare(contract: Contract, out: Path, store: Store | None = None) -> Datase
 
     quarantines = [p.quarantine.assign(**{ORIGIN: origin}) for origin, p in parts.items()]
     bad = sum(map(len, quarantines))
-    read_rows = bad + sum(len(p.valid) for p in parts.values())
+    checked_rows = bad + sum(len(p.valid) for p in parts.values())
     reasons = schema.count_reasons(quarantines)
     where = out / "quarantine.parquet"
     _storable(pd.concat(quarantines, ignore_index=True)).to_parquet(where, index=False)
-    schema.check_fraction(reasons, bad, read_rows, data.quarantine.max_fraction, str(where))
+    schema.check_fraction(reasons, bad, checked_rows, data.quarantine.max_fraction, str(where))
 
     seen = {} if logged is None else dict(zip(logged[ID], logged[_AT], strict=True))
     rows = pd.concat(
@@ -155,17 +164,21 @@ def prepare(contract: Contract, out: Path, store: Store | None = None) -> Datase
         reasons=reasons,
         history_rows=len(newest) - logged_rows,
         logged_rows=logged_rows,
-        read_rows=read_rows,
+        read_rows=checked_rows + imageless,
         replaced_rows=len(rows) - len(unique),
         held_out_rows=int(known.sum()),
         older_rows=len(usable) - len(newest),
+        imageless_rows=imageless,
         from_time=None if both is None else both.min().to_pydatetime(),
         to_time=None if both is None else both.max().to_pydatetime(),
         test_from_time=None if both is None else test[TIME].min().to_pydatetime(),
         log_until=max(used).to_pydatetime() if used else None,
     )
-    train.to_parquet(out / "train.parquet", index=False)
-    test.to_parquet(out / "test.parquet", index=False)
+    for name, part in (("train", train), ("test", test)):
+        if contract.is_vision:
+            _write_images(out / f"{name}-images.npy", part[IMAGE])
+        table = part.drop(columns=IMAGE, errors="ignore")
+        table.to_parquet(out / f"{name}.parquet", index=False)
     profile.write(out, contract, train, test)
     # Last: a folder with this file is whole.
     write_atomic(out / "dataset.json", info.model_dump_json(indent=1).encode())
@@ -173,28 +186,55 @@ def prepare(contract: Contract, out: Path, store: Store | None = None) -> Datase
 
 
 def read(folder: Path) -> Prepared:
-    """What `prepare` wrote. Raises DataError where the folder does not hold all of it."""
+    """What `prepare` wrote; images are read from their file when they are looked at. Raises
+    DataError where the folder does not hold all of it."""
     try:
         info = DatasetInfo.model_validate_json((folder / "dataset.json").read_bytes())
-        train = pd.read_parquet(folder / "train.parquet")
-        test = pd.read_parquet(folder / "test.parquet")
+        train, test = (_read_part(folder, name) for name in ("train", "test"))
     except FileNotFoundError as error:
         raise DataError(f"{folder} holds no prepared data: {error.filename} is missing") from None
     return Prepared(train, test, info)
 
 
-def _logged(contract: Contract, store: Store | None) -> pd.DataFrame | None:
-    """Labelled rows of the inference log in the shape of the source, oldest first; or None."""
+def _read_part(folder: Path, name: str) -> pd.DataFrame:
+    frame = pd.read_parquet(folder / f"{name}.parquet")
+    path = folder / f"{name}-images.npy"
+    if path.exists():
+        from driftmill.vision import images  # needs Pillow, which tables do not
+
+        pixels = np.asarray(np.load(path, mmap_mode="r"))
+        frame[IMAGE] = images.column(pixels, len(pixels))
+    return frame
+
+
+def _write_images(path: Path, column: pd.Series) -> None:
+    """Images of one shape as one array, row by row: they are never in memory twice."""
+    shape = (len(column), *column.iloc[0].shape)
+    file = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    places = np.asarray(file)
+    for place, pixels in zip(places, column, strict=True):
+        place[...] = pixels
+    file.flush()
+
+
+def _logged(contract: Contract, store: Store | None) -> tuple[pd.DataFrame | None, int]:
+    """Labelled rows of the inference log in the shape of the source, oldest first, or None; and how
+    many were left out because their image is not there."""
     if store is None or not store.list(f"{contract.model}/log/predictions"):
-        return None
+        return None, 0
     from driftmill.serving import log
 
-    rows = log.labelled(store, contract.model)
+    rows = log.labelled(store, contract.model, without=[EMBEDDING])
+    imageless = 0
+    if contract.is_vision and not rows.empty:
+        there = rows.reindex(columns=[IMAGE])[IMAGE].notna()
+        rows, imageless = rows[there], int((~there).sum())
     if rows.empty:
-        return None
+        return None, imageless
     rows = rows.sort_values(_AT, kind="stable", ignore_index=True)
     target = contract.data.target.name
     names = [c.name for c in contract.data.columns]
+    names += [IMAGE] if contract.is_vision else []
     # A column that the contract gained later is missing in older rows.
     raw = rows.reindex(columns=[*names, _AT]).assign(**{target: rows["_label"]})
     # A request need not name the row or its time: then it is the prediction's.
@@ -202,7 +242,7 @@ def _logged(contract: Contract, store: Store | None) -> pd.DataFrame | None:
     if contract.data.time is not None:
         given = pd.to_datetime(rows[TIME], utc=True)
         raw[TIME] = given.fillna(pd.to_datetime(rows[_AT], utc=True)).astype("datetime64[ns, UTC]")
-    return raw
+    return raw, imageless
 
 
 def _check(train: pd.DataFrame, test: pd.DataFrame, contract: Contract) -> None:
@@ -217,10 +257,15 @@ def _check(train: pd.DataFrame, test: pd.DataFrame, contract: Contract) -> None:
 
 
 def _storable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Columns of mixed types as text: Parquet has one type a column, bad rows may not."""
+    """Columns of mixed types as text: Parquet has one type a column, bad rows may not. Of bytes
+    there is only their number."""
     texts = {
-        name: frame[name].map(str, na_action="ignore")
+        name: frame[name].map(_text, na_action="ignore")
         for name in frame.columns
         if frame[name].dtype == object
     }
     return frame.assign(**texts)
+
+
+def _text(value: object) -> str:
+    return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)

@@ -5,6 +5,7 @@ It describes the training rows only, so that nobody tunes on the test rows by lo
 
 from __future__ import annotations
 
+import base64
 import html
 import itertools
 import json
@@ -15,12 +16,15 @@ import numpy as np
 import pandas as pd
 
 from driftmill.contract import Contract
-from driftmill.features import TIME
+from driftmill.data import split
+from driftmill.features import IMAGE, TIME
 
 #: A column that alone explains this part of the target is suspected to leak it.
 LEAK = 0.98
 BINS = 20
 TOP = 10
+#: Images of a label that the page shows, and labels.
+SHOWN, SHOWN_LABELS = 12, 50
 
 
 def write(out: Path, contract: Contract, train: pd.DataFrame, test: pd.DataFrame) -> dict[str, Any]:
@@ -31,7 +35,8 @@ def write(out: Path, contract: Contract, train: pd.DataFrame, test: pd.DataFrame
     """
     found = describe(contract, train, test)
     (out / "profile.json").write_text(json.dumps(found, indent=1, allow_nan=False))
-    (out / "profile.html").write_text(_page(found), encoding="utf-8")
+    pictures = _montage(train, contract.data.target.name) if contract.is_vision else ""
+    (out / "profile.html").write_text(_page(found, pictures), encoding="utf-8")
     return found
 
 
@@ -47,7 +52,7 @@ def describe(contract: Contract, train: pd.DataFrame, test: pd.DataFrame) -> dic
         entry["correlation"] = _correlation(train[column.name], train[target], contract)
         entry["alone"] = _alone(train[column.name], train[target])
         columns.append(entry)
-    rows = pd.util.hash_pandas_object(train[content], index=False)
+    rows, test_rows = _digests(train, content), _digests(test, content)
     return {
         "model": contract.model,
         "task": contract.task,
@@ -58,12 +63,18 @@ def describe(contract: Contract, train: pd.DataFrame, test: pd.DataFrame) -> dic
         "target": {**_column(train[target]), "labels": _labels(train[target], contract)},
         "columns": columns,
         "duplicates": int(rows.duplicated().sum()),
-        "test_rows_in_train": int(
-            pd.util.hash_pandas_object(test[content], index=False).isin(rows).sum()
-        ),
+        "test_rows_in_train": int(test_rows.isin(rows).sum()),
         "constant": [c["name"] for c in columns if c["distinct"] <= 1],
         "suspected_leaks": [c["name"] for c in columns if (c["alone"] or 0.0) >= LEAK],
     }
+
+
+def _digests(frame: pd.DataFrame, content: list[str]) -> pd.Series:
+    """A number for each row that is the same for rows of the same content."""
+    if IMAGE in frame:
+        content = [*content, IMAGE]
+        frame = frame.assign(**{IMAGE: split.image_digests(frame[IMAGE])})
+    return pd.util.hash_pandas_object(frame[content], index=False)
 
 
 def _column(values: pd.Series) -> dict[str, Any]:
@@ -160,13 +171,14 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--line);
   white-space: nowrap }
 th { font-weight: 600; color: var(--soft) }
-th:first-child, td:first-child, td.text { text-align: left }
+th:first-child, td:first-child, .text { text-align: left }
 svg rect { fill: var(--bar) }
+td.text img { height: 3rem; image-rendering: pixelated; display: block }
 """
 
 
-def _page(found: dict[str, Any]) -> str:
-    """The profile as one HTML page without any other file."""
+def _page(found: dict[str, Any], pictures: str) -> str:
+    """The profile as one HTML page without any other file; `pictures` is a section of it."""
     name = html.escape(found["model"])
     span = ""
     if found["from_time"]:
@@ -183,7 +195,7 @@ are kept aside and not shown.</p>
 <ul>{"".join(_remarks(found))}</ul>
 <h2>Target: {html.escape(target["name"])}</h2>
 <p>{_summary(target)}</p><p>{_picture(target)}</p>
-<h2>Inputs</h2>
+{pictures}<h2>{"Statistics of the images" if pictures else "Inputs"}</h2>
 <div class="scroll"><table><thead><tr><th>column</th><th>type</th><th>missing</th><th>distinct</th>
 <th>summary</th><th>distribution</th><th>correlation</th><th>alone</th></tr></thead>
 <tbody>{rows}</tbody></table></div>
@@ -191,6 +203,27 @@ are kept aside and not shown.</p>
 column explains by itself on rows it was not learnt from, 0 to 1; {LEAK:g} or more looks like a
 leak.</p>
 </body></html>
+"""
+
+
+def _montage(train: pd.DataFrame, target: str) -> str:
+    """Some images of each label, evenly from first to last, as a section of the page."""
+    from driftmill.vision import images  # needs Pillow, which tables do not
+
+    rows = []
+    for label, of_label in list(train.groupby(target)[IMAGE])[:SHOWN_LABELS]:
+        places = np.unique(np.linspace(0, len(of_label) - 1, SHOWN).round().astype(int))
+        strip = np.concatenate(list(of_label.iloc[places]), axis=2)
+        content = base64.b64encode(images.to_png(strip)).decode()
+        name = html.escape(str(label))
+        rows.append(
+            f'<tr><td>{name}</td><td>{len(of_label):,}</td><td class="text">'
+            f'<img alt="images of {name}" src="data:image/png;base64,{content}"></td></tr>'
+        )
+    return f"""<h2>Images</h2>
+<div class="scroll"><table>
+<thead><tr><th>label</th><th>images</th><th class="text">some of them</th></tr></thead>
+<tbody>{"".join(rows)}</tbody></table></div>
 """
 
 
@@ -204,7 +237,10 @@ def _remarks(found: dict[str, Any]) -> list[str]:
         )
     if found["constant"]:
         listed = html.escape(", ".join(found["constant"]))
-        remarks.append(f"<li>Constant, so of no use: {listed}.</li>")
+        # Of images these are measured for the monitor; no model learns from them.
+        of_images = found["task"] == "image-classification"
+        text = "The same for every image" if of_images else "Constant, so of no use"
+        remarks.append(f"<li>{text}: {listed}.</li>")
     if found["duplicates"]:
         remarks.append(f"<li>{found['duplicates']:,} rows repeat another row.</li>")
     if found["test_rows_in_train"]:

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from driftmill.contract import Column, Contract
-from driftmill.features import ID, TIME
+from driftmill.features import EMBEDDING, ID, IMAGE, ORIGINAL, TIME
 
 if TYPE_CHECKING:
     import pandera.pandas as pa
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 #: Column of a quarantined row that says why; several reasons are joined by `SEPARATOR`.
 REASON = "_reason"
 SEPARATOR = "; "
+
+#: Statistics that are of an image as it came, and so cannot be told from the pixels in the log.
+SIZES = ("width", "height", "aspect")
 
 _BOOLEANS = {"true": 1.0, "t": 1.0, "yes": 1.0, "y": 1.0, "1": 1.0, "1.0": 1.0} | {
     "false": 0.0,
@@ -58,27 +61,48 @@ class Validated:
 
 
 def validate(
-    raw: pd.DataFrame, contract: Contract, *, origin: str = "", logged: bool = False
+    raw: pd.DataFrame,
+    contract: Contract,
+    *,
+    origin: str = "",
+    logged: bool = False,
+    originals: bool = False,
 ) -> Validated:
     """Check and type every row.
 
     Args:
         raw: has the contract's inputs, target, id and time columns; more are kept for the
             quarantine only. Its index is the row's position, from which `_id` is made where the
-            contract names no id.
+            contract names no id. Of images it has `_image` (see `driftmill.vision.sources`; in
+            the log the pixels as PNG) and no inputs: they are measured here.
         contract: what the rows must look like.
         origin: what the position counts in (`source` or `test`), so that rows of two sources get
             different ids.
         logged: the rows come from the inference log: `_id` and `_time` are there already, and an
             id may come twice.
+        originals: put the bytes that each image came as into `_original`.
 
     Returns:
-        Valid rows sorted by `_time` (else in the order they came), and quarantined rows.
+        Valid rows sorted by `_time` (else in the order they came), and quarantined rows. Of images
+        the valid ones have `_image` as the model sees it, and the others none.
     """
     raw = raw.reset_index(names="_position")
+    as_it_came = raw.drop(columns=["_position", IMAGE, EMBEDDING], errors="ignore")
+    broken: list[tuple[np.ndarray, str]] = []
+    absent: dict[str, np.ndarray] = {}
+    pixels = None
+    if contract.is_vision:
+        raw, pixels, broken = _images(raw, contract, logged, originals)
+        unfit = np.any([mask for mask, _ in broken], axis=0) if broken else np.zeros(1, dtype=bool)
+        absent = {c.name: unfit for c in contract.data.columns}
     typed, wrong = _inputs(raw, contract)
-    broken = [(mask, f"{name}: {_WRONG[kind]}") for name, (kind, mask) in wrong.items()]
-    broken += _failures(typed, contract, {name: mask for name, (_, mask) in wrong.items()})
+    broken += [(mask, f"{name}: {_WRONG[kind]}") for name, (kind, mask) in wrong.items()]
+    absent = {name: mask for name, (_, mask) in wrong.items()} | absent
+    broken += _failures(typed, contract, absent)
+    if pixels is not None:
+        typed[IMAGE] = pixels
+        if originals:
+            typed[ORIGINAL] = raw[ORIGINAL]
 
     typed[ID], id_problems = _ids(raw, contract, origin, logged)
     broken += id_problems
@@ -97,7 +121,7 @@ def validate(
         valid[column.name] = valid[column.name].astype(np.float32).astype(np.float64)
     if TIME in valid:
         valid = valid.sort_values(TIME, kind="stable")
-    quarantine = raw.drop(columns="_position")[bad].assign(**{REASON: reasons[bad]})
+    quarantine = as_it_came[bad].assign(**{REASON: reasons[bad]})
     return Validated(valid.reset_index(drop=True), quarantine.reset_index(drop=True))
 
 
@@ -117,6 +141,12 @@ def times(raw: pd.DataFrame, contract: Contract) -> pd.Series:
         )
         parsed = pd.to_datetime(joined, format=time.format or "ISO8601", utc=True, errors="coerce")
     return parsed.astype("datetime64[ns, UTC]")
+
+
+def labels(raw: pd.DataFrame, contract: Contract) -> pd.Series:
+    """Labels of a classification's raw rows as text, aliases applied; None where missing."""
+    target = contract.data.target
+    return _aliased(raw[target.name], target.aliases)
 
 
 def count_reasons(quarantines: Iterable[pd.DataFrame]) -> dict[str, int]:
@@ -148,6 +178,32 @@ def check_fraction(reasons: dict[str, int], bad: int, rows: int, limit: float, w
     )
 
 
+def _images(
+    raw: pd.DataFrame, contract: Contract, logged: bool, originals: bool
+) -> tuple[pd.DataFrame, np.ndarray, list[tuple[np.ndarray, str]]]:
+    """The raw table with the images' statistics, an object array of the images, and which rows'
+    images are not taken, and why."""
+    # Built on this module, and only image tasks need Pillow.
+    from driftmill.vision import images, sources
+
+    image = contract.data.image
+    assert image is not None
+    contents = raw[IMAGE].to_list()
+    if originals:
+        contents = [sources.encoded(content, image) for content in contents]
+        raw = raw.assign(**{ORIGINAL: contents})
+    if logged:
+        # The pixels that the model saw: the limits are for what comes from outside.
+        image = image.model_copy(
+            update={"formats": ("png",), "max_pixels": 2**31, "max_bytes": 2**31}
+        )
+    pixels, found, reasons = sources.open_all(contents, image)
+    if logged:
+        found = {name: found[name] for name in found if name not in SIZES}
+    broken = [(reasons == r, f"image: {r}") for r in sorted(set(reasons) - {""})]
+    return raw.assign(**found), images.column(pixels, len(pixels)), broken
+
+
 #: What a value of the wrong type is not.
 _WRONG = {
     "float": "not a number",
@@ -170,7 +226,7 @@ def _inputs(
             typed[column.name] = _aliased(raw[column.name], column.aliases)
     target = contract.data.target
     if contract.task != "regression":
-        typed[target.name] = _aliased(raw[target.name], target.aliases)
+        typed[target.name] = labels(raw, contract)
     else:
         typed[target.name], mask = _numbers(raw[target.name], "float")
         wrong[target.name] = ("float", mask)

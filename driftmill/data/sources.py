@@ -9,6 +9,7 @@
 | `openml:1590` | an OpenML data set by id or name |
 | `kaggle:OWNER/DATASET/FILE` | by Kaggle's own client (extra `kaggle`) |
 | `sim:payments?rows=…` | a simulated stream |
+| `idx:`, `folder:`, `cifar10:`, … | images: see `driftmill.vision.sources` |
 
 The cache folder is `$DRIFTMILL_CACHE`, else `~/.cache/driftmill`. A source with a `dataset` is
 read from `$DRIFTMILL_DATA/<dataset>/<file>` where that file exists.
@@ -25,6 +26,8 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -62,26 +65,39 @@ def load(source: Source, contract: Contract) -> pd.DataFrame:
 
 def read(source: Source, contract: Contract) -> tuple[pd.DataFrame, str]:
     """As `load`, and the sha256 of the file (of the table, where the source is not a file)."""
-    scheme, _, rest = source.uri.partition(":")
-    path = _local(source) or _file(source, scheme, rest)
-    if path is not None:
-        frame, digest = _table(path, source), sha256(path)
+    if contract.is_vision:
+        from driftmill.vision import sources as images  # built on this module
+
+        frame, digest = images.read(source, contract)
+        needed = []
     else:
-        frame = _data_set(scheme, rest)
-        digest = hashlib.sha256(
-            pd.util.hash_pandas_object(frame, index=False).to_numpy().tobytes()
-        ).hexdigest()
+        frame, digest = _read_table(source)
+        needed = [c.name for c in contract.data.columns]
     if frame.empty:
         raise DataError(f"{source.uri} has no rows")
-    _check_columns(frame, source, contract)
+    data = contract.data
+    needed += [data.target.name] + ([data.id] if data.id else [])
+    needed += data.time.columns if data.time else ()
+    check_columns(frame, source, needed)
     return frame.reset_index(drop=True), digest
+
+
+def _read_table(source: Source) -> tuple[pd.DataFrame, str]:
+    path = find(source)
+    if path is not None:
+        return table(path, source), sha256(path)
+    scheme, _, rest = source.uri.partition(":")
+    frame = _data_set(scheme, rest)
+    values = pd.util.hash_pandas_object(frame, index=False).to_numpy()
+    return frame, hashlib.sha256(values.tobytes()).hexdigest()
 
 
 def stream(contract: Contract) -> pd.DataFrame:
     """The rows that `driftmill replay` sends: a prepared table.
 
     They are the valid rows at or after `data.time.until`; without that the rows of `data.test`,
-    and without that all rows. Raises DataError where there is none.
+    and without that all rows. Of images each has in `_original` the bytes that a client would send:
+    its file, or its pixels as PNG. Raises DataError where there is no row.
     """
     data = contract.data
     until = data.time.until if data.time else None
@@ -89,7 +105,8 @@ def stream(contract: Contract) -> pd.DataFrame:
     raw = load(source, contract)
     if until is not None:
         raw = raw[schema.times(raw, contract) >= until]
-    valid = schema.validate(raw, contract, origin="test" if source is data.test else "source").valid
+    origin = "test" if source is data.test else "source"
+    valid = schema.validate(raw, contract, origin=origin, originals=contract.is_vision).valid
     if valid.empty:
         since = f" at or after data.time.until {until.isoformat()}" if until else ""
         raise DataError(f"{source.uri} has no valid rows{since}")
@@ -102,20 +119,24 @@ def cache_folder() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "driftmill"
 
 
-def _local(source: Source) -> Path | None:
+def local_copy(source: Source) -> Path | None:
     """The copy of a data set below `$DRIFTMILL_DATA`, where there is one."""
     root = os.environ.get("DRIFTMILL_DATA")
     if not root or source.dataset is None:
         return None
-    path = Path(root) / source.dataset / PurePosixPath(source.uri.partition("?")[0]).name
-    if not path.is_file():
-        return None
-    _check_digest(path, source, str(path))
-    return path
+    name = PurePosixPath(source.uri.partition("?")[0].partition(":")[2]).name
+    path = Path(root) / source.dataset / name
+    return path if path.exists() else None
 
 
-def _file(source: Source, scheme: str, rest: str) -> Path | None:
-    """The local file behind a URI, downloaded where need be; None for what is not a file."""
+def find(source: Source) -> Path | None:
+    """The local file behind a URI, downloaded where need be and its digest checked; None for what
+    is not a file."""
+    scheme, _, rest = source.uri.partition(":")
+    path = local_copy(source)
+    if path is not None:
+        check_digest(path, source, str(path))
+        return path
     match scheme:
         case "file":
             path = Path(rest[2:] if rest.startswith("//") else rest)
@@ -124,7 +145,7 @@ def _file(source: Source, scheme: str, rest: str) -> Path | None:
                     f"{path.resolve()} does not exist or is not a file; "
                     "check data.source.uri (a relative path starts at the contract's folder)"
                 )
-            _check_digest(path, source, str(path))
+            check_digest(path, source, str(path))
             return path
         case "https":
             return _download(source)
@@ -132,10 +153,15 @@ def _file(source: Source, scheme: str, rest: str) -> Path | None:
             return _object(source, scheme)
         case "kaggle":
             path = _kaggle(rest)
-            _check_digest(path, source, source.uri)
+            check_digest(path, source, source.uri)
             return path
         case "sklearn" | "openml" | "sim":
             return None
+        case "idx" | "folder" | "cifar10":
+            raise DataError(
+                f"{source.uri} holds images; did you mean task: image-classification (with "
+                "data.image)?"
+            )
     raise DataError(
         f"{source.uri}: unknown scheme {scheme!r}{did_you_mean(scheme, SCHEMES)}; "
         f"a source begins with one of {', '.join(s + ':' for s in SCHEMES)}"
@@ -148,11 +174,16 @@ def _data_set(scheme: str, rest: str) -> pd.DataFrame:
     return _sklearn(rest) if scheme == "sklearn" else _openml(rest)
 
 
-def _check_digest(path: Path, source: Source, name: str) -> None:
-    if source.sha256 is None:
-        return
+def check_digest(path: Path, source: Source, name: str) -> str:
+    """The sha256 of a file; raises DataError where the source expects another one."""
     found = sha256(path)
-    if found != source.sha256:
+    expect_digest(found, source, name)
+    return found
+
+
+def expect_digest(found: str, source: Source, name: str) -> None:
+    """Raise DataError where the source expects another sha256."""
+    if source.sha256 not in (None, found):
         raise DataError(
             f"{name} is not the expected file: its sha256 is {found}, the contract says "
             f"{source.sha256}; look at what changed before you change the contract"
@@ -171,7 +202,7 @@ def _download(source: Source) -> Path:
     temporary = Path(name)
     try:
         _fetch(source.uri, temporary)
-        _check_digest(temporary, source, f"the download of {source.uri}")
+        check_digest(temporary, source, f"the download of {source.uri}")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -243,7 +274,7 @@ def _object(source: Source, scheme: str) -> Path:
             ) from None
         except OSError as error:
             raise DataError(f"{source.uri} cannot be read: {error}") from None
-        _check_digest(temporary, source, source.uri)
+        check_digest(temporary, source, source.uri)
         temporary.replace(path)
     return path
 
@@ -324,7 +355,7 @@ def _column_name(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.\- ]+", "_", re.sub(r"\s*\([^)]*\)", "", name)).strip("_ ")
 
 
-def _table(path: Path, source: Source) -> pd.DataFrame:
+def table(path: Path, source: Source) -> pd.DataFrame:
     """Read a CSV or Parquet file, unpacked first where it ends in `.gz`."""
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty")
@@ -332,18 +363,24 @@ def _table(path: Path, source: Source) -> pd.DataFrame:
     kind = source.format
     if kind == "auto":
         kind = "parquet" if name.endswith((".parquet", ".pq")) else "csv"
-    content = path.read_bytes()
-    if path.suffix.lower() == ".gz":
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path} is not a whole gzip file: {error}") from None
+    content = unpack(path)
     if kind == "parquet":
         try:
             return pd.read_parquet(io.BytesIO(content))
         except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
             raise DataError(f"{path} is not a readable Parquet file: {error}") from None
     return _csv(path, content, source.csv)
+
+
+def unpack(path: Path) -> bytes:
+    """The content of a file, unpacked where its name ends in `.gz`."""
+    content = path.read_bytes()
+    if path.suffix.lower() != ".gz":
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file: {error}") from None
 
 
 def _csv(path: Path, content: bytes, csv: Csv) -> pd.DataFrame:
@@ -381,13 +418,11 @@ def _csv(path: Path, content: bytes, csv: Csv) -> pd.DataFrame:
     return frame
 
 
-def _check_columns(frame: pd.DataFrame, source: Source, contract: Contract) -> None:
-    data = contract.data
-    needed = [c.name for c in data.columns] + [data.target.name]
-    needed += [data.id] if data.id else []
-    needed += data.time.columns if data.time else ()
+def check_columns(frame: pd.DataFrame, source: Source, needed: Iterable[str]) -> None:
+    """Raise DataError where a column is missing or there are two of it."""
+    needed = list(dict.fromkeys(needed))
     present = [str(name) for name in frame.columns]
-    if missing := [name for name in dict.fromkeys(needed) if name not in present]:
+    if missing := [name for name in needed if name not in present]:
         hints = [f"{name!r}{did_you_mean(name, present)}" for name in missing]
         shown = ", ".join(present[:20]) + (", …" if len(present) > 20 else "")
         raise DataError(f"{source.uri} lacks the column {', '.join(hints)}; it has {shown}")

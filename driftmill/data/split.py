@@ -14,7 +14,7 @@ import pandas as pd
 
 from driftmill.contract import Contract
 from driftmill.data.schema import DataError
-from driftmill.features import ID, TIME
+from driftmill.features import ID, IMAGE, TIME
 
 
 def split(frame: pd.DataFrame, contract: Contract) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -27,26 +27,31 @@ def split(frame: pd.DataFrame, contract: Contract) -> tuple[pd.DataFrame, pd.Dat
     Raises:
         DataError: there are too few rows for two parts.
     """
-    part = contract.data.split.test
     if len(frame) < 2:
         raise DataError(f"{len(frame)} valid rows are too few for training and test rows")
+    chosen = held_out(frame, contract, contract.data.split.test)
+    train, test = frame[~chosen], frame[chosen]
+    return train.reset_index(drop=True), test.reset_index(drop=True)
+
+
+def held_out(frame: pd.DataFrame, contract: Contract, part: float) -> np.ndarray:
+    """(rows,) bool: that part of the rows, two or more, that `split` sets apart."""
     if TIME in frame:
         chosen = np.zeros(len(frame), dtype=bool)
         chosen[len(frame) - _count(len(frame), part) :] = True
-    else:
-        rank = _hashes(frame[ID], contract.data.split.seed)
-        labels = frame[contract.data.target.name] if contract.task != "regression" else None
-        order = rank.groupby(labels.to_numpy()) if labels is not None else rank.groupby(lambda _: 0)
-        size = order.transform("size")
-        wanted = size.map(lambda n: _count(n, part))
-        chosen = (order.rank(method="first") <= wanted).to_numpy()
-    train, test = frame[~chosen], frame[chosen]
-    return train.reset_index(drop=True), test.reset_index(drop=True)
+        return chosen
+    rank = _hashes(frame[ID], contract.data.split.seed)
+    labels = frame[contract.data.target.name] if contract.task != "regression" else None
+    order = rank.groupby(labels.to_numpy()) if labels is not None else rank.groupby(lambda _: 0)
+    wanted = order.transform("size").map(lambda n: _count(n, part))
+    return np.asarray(order.rank(method="first") <= wanted)
 
 
 def fingerprint(frame: pd.DataFrame) -> str:
     """sha256 of a prepared table's content: the same rows give the same digest whatever their
     order. `_id` does not count, as it may be made from the row's position."""
+    if IMAGE in frame:
+        frame = frame.assign(**{IMAGE: image_digests(frame[IMAGE])})
     names = sorted(name for name in frame.columns if name != ID)
     digest = hashlib.sha256()
     if not frame.empty:
@@ -65,6 +70,11 @@ def fingerprint(frame: pd.DataFrame) -> str:
                 json.dumps(values.astype(object).where(values.notna(), None).tolist()).encode()
             )
     return digest.hexdigest()
+
+
+def image_digests(images: pd.Series) -> list[str]:
+    """sha256 of each image's pixels and shape."""
+    return [hashlib.sha256(f"{i.shape}".encode() + i.tobytes()).hexdigest() for i in images]
 
 
 def _count(rows: int, part: float) -> int:

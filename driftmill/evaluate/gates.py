@@ -211,7 +211,7 @@ def judge(
         comparison=comparison,
         slices=slices,
         calibration_error=calibration,
-        notes=rival.notes,
+        notes=(*rival.notes, *_precision(challenger)),
         **common,
     )
 
@@ -401,6 +401,13 @@ def _leaks(contract: Contract, champion: Bundle, info: DatasetInfo) -> tuple[str
             "learnt from some of them, and its score may be flattering.",
         )
     return ()
+
+
+def _precision(challenger: Bundle) -> Iterator[str]:
+    """What was decided about a network's numbers, where the contract asks for smaller ones."""
+    decided = challenger.manifest.data.get("precision")
+    if decided is not None:
+        yield f"Precision: {decided['note']}"
 
 
 def _draws(contract: Contract, y: np.ndarray) -> Iterator[np.ndarray]:

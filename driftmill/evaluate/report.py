@@ -8,8 +8,10 @@ reader's light or dark scheme. All text from the data is escaped: a category may
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from driftmill import features
 from driftmill.bundle import Bundle
 from driftmill.contract import METRICS, Contract
 from driftmill.evaluate import metrics
-from driftmill.evaluate.explain import Importance, importance
+from driftmill.evaluate.explain import Importance, WrongAnswer, importance, worst_errors
 from driftmill.evaluate.gates import DUMMY, Slice, Verdict, rival_output
 from driftmill.store import write_atomic
 
@@ -52,6 +54,11 @@ _LINES = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#14b8a6")
 _SCATTER, _CURVE = 1500, 250
 #: Most labels in the confusion matrix, inputs in the importance plot, and groups in the table.
 _LABELS, _INPUTS, _GROUPS = 12, 20, 60
+#: Most labels and layers in a plot with a bar for each.
+_BARS = 30
+#: Longer side in pixels to which larger images are shrunk, so that the page stays light; smaller
+#: ones are enlarged in whole steps up to it, each pixel a square.
+_SHOT = 96
 _DASH, _MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -85,6 +92,7 @@ def write(
     """
     plots: list[_Plot] = []
     confusion, thresholds = None, None
+    errors: dict[str, Any] | None = None
     if verdict.challenger_metrics:  # else its answers are no numbers: there is nothing to plot
         y = metrics.encode(challenger.signature.labels, prepared.test[challenger.signature.target])
         output = challenger.predict(prepared.test)
@@ -100,7 +108,10 @@ def write(
             plots += _regression(y, output, rival, verdict)
         if features.TIME in prepared.test:
             plots += _over_time(prepared.test[features.TIME], y, output, rival, verdict)
-        if verdict.metric in verdict.challenger_metrics:
+        if contract.is_vision:
+            plots.append(_by_label(y, output, rival, labels, verdict))
+            errors = _errors(*worst_errors(challenger, prepared.test, output))
+        elif verdict.metric in verdict.challenger_metrics:
             found = importance(challenger, prepared.test, contract.metric, contract.train.seed)
             plots.append(_importance(found, contract))
     page = (
@@ -117,6 +128,10 @@ def write(
             rival="dummy" if verdict.against == DUMMY else "champion",
             directions={name: direction for name, (direction, _) in METRICS.items()},
             plots=plots,
+            errors=errors,
+            training=challenger.training,
+            training_plots=_training(challenger.training) if challenger.training else [],
+            precision=challenger.manifest.data.get("precision"),
             confusion=confusion,
             thresholds=thresholds,
             slices=_largest(verdict.slices),
@@ -455,6 +470,177 @@ def _importance(found: list[Importance], contract: Contract) -> _Plot:
             "Permutation importance",
             "What the metric loses when one input is shuffled between test rows (mean and standard "
             f"deviation of 5 shuffles). Of inputs that say the same, each may look small.{more}",
+            _svg(figure),
+            wide=True,
+        )
+
+
+def _by_label(
+    y: np.ndarray,
+    output: np.ndarray,
+    rival: np.ndarray,
+    labels: Sequence[str],
+    verdict: Verdict,
+) -> _Plot:
+    """Bars of the part of each label's rows that both models get right, the challenger's worst
+    label on top."""
+    present = np.unique(y)
+    right = {
+        name: {k: float((answer.argmax(axis=1)[y == k] == k).mean()) for k in present}
+        for name, answer in (("challenger", output), ("rival", rival))
+    }
+    shown = sorted(present, key=lambda k: right["challenger"][k])[:_BARS][::-1]
+    places = np.arange(len(shown))
+    with _figure("labels", 9.6, 0.9 + 0.36 * max(len(shown), 2)) as (figure, axes):
+        for shift, name, key, colour in (
+            (0.2, "challenger", "challenger", _CHALLENGER),
+            (-0.2, "dummy" if verdict.against == DUMMY else "champion", "rival", _RIVAL),
+        ):
+            values = [right[key][k] for k in shown]
+            axes.barh(places + shift, values, height=0.36, color=colour, label=name)
+        axes.set_yticks(places, [_short(f"{labels[k]} ({(y == k).sum()})", 32) for k in shown])
+        axes.grid(axis="y", visible=False)
+        axes.set(xlabel="part of the label's test rows with the right answer", xlim=(0, 1.01))
+        figure.legend(loc="outside upper right", ncols=2)
+        more = f" The {_BARS} worst of {len(present)}." if len(present) > _BARS else ""
+        return _Plot(
+            "Accuracy by label",
+            f"The challenger's worst label on top; in brackets its test rows.{more}",
+            _svg(figure),
+            wide=True,
+        )
+
+
+def _errors(found: list[WrongAnswer], trouble: str) -> dict[str, Any]:
+    """The worst errors as the page shows them."""
+    return {
+        "trouble": trouble,
+        "shots": [
+            {
+                "image": _png(_shot(wrong.image)),
+                "seen": None if wrong.seen is None else _png(_overlaid(wrong)),
+                "truth": wrong.truth,
+                "answer": wrong.answer,
+                "probability": wrong.probability,
+            }
+            for wrong in found
+        ],
+    }
+
+
+def _shot(image: np.ndarray) -> np.ndarray:
+    """An image (channels, height, width) as it is shown: uint8 (height, width, 3)."""
+    from PIL import Image
+
+    shown = np.moveaxis(np.broadcast_to(image, (3, *image.shape[1:])), 0, -1)
+    longest = max(shown.shape[:2])
+    if longest <= _SHOT:
+        times = _SHOT // longest
+        return shown.repeat(times, axis=0).repeat(times, axis=1)
+    smaller = Image.fromarray(np.ascontiguousarray(shown))
+    smaller.thumbnail((_SHOT, _SHOT))
+    return np.asarray(smaller)
+
+
+def _overlaid(wrong: WrongAnswer) -> np.ndarray:
+    """The image in grey, with what spoke for the answer in colour upon it."""
+    from matplotlib import colormaps
+    from PIL import Image
+
+    shot = _shot(wrong.image)
+    assert wrong.seen is not None
+    large = Image.fromarray(wrong.seen).resize(shot.shape[1::-1], Image.Resampling.BILINEAR)
+    seen = np.asarray(large)[..., None].clip(0, 1)
+    colour = colormaps["turbo"](seen[..., 0])[..., :3] * 255
+    grey = shot.mean(axis=2, keepdims=True)
+    return (grey + (colour - grey) * (0.15 + 0.5 * seen)).astype(np.uint8)
+
+
+def _png(shot: np.ndarray) -> str:
+    from driftmill.vision import images
+
+    content = images.to_png(np.moveaxis(shot, -1, 0))
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _training(training: dict[str, Any]) -> Iterator[_Plot]:
+    """How a network learnt, by epoch."""
+    history = training["history"]
+    epochs = [entry["epoch"] for entry in history]
+    best = training["best_epoch"]
+    marker = "o-" if len(epochs) <= 30 else "-"
+
+    def curve(axes: Axes, key: str, colour: str, label: str | None = None) -> None:
+        axes.plot(
+            epochs, [e[key] for e in history], marker, markersize=3.5, color=colour, label=label
+        )
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("epoch")
+
+    with _figure("loss") as (figure, axes):
+        curve(axes, "train_loss", _RIVAL, "training")
+        curve(axes, "validation_loss", _CHALLENGER, "validation")
+        axes.axvline(best, color=_MUTED, linewidth=1, linestyle="--")
+        axes.set(ylabel="loss (cross-entropy)")
+        axes.legend(loc="upper right")
+        yield _Plot(
+            "Loss",
+            f"The weights are those of epoch {best}, at the dashed line. The training loss is with "
+            "augmentation and label smoothing.",
+            _svg(figure),
+        )
+    with _figure("accuracy") as (figure, axes):
+        curve(axes, "validation_accuracy", _CHALLENGER)
+        axes.axvline(best, color=_MUTED, linewidth=1, linestyle="--")
+        axes.set(ylabel="validation accuracy")
+        yield _Plot(
+            "Accuracy",
+            f"On {_number(training['validation_rows'])} rows kept out of the training.",
+            _svg(figure),
+        )
+    with _figure("rate") as (figure, axes):
+        curve(axes, "lr", _CHALLENGER)
+        axes.set(ylabel="learning rate")
+        axes.set_ylim(bottom=0)
+        yield _Plot("Learning rate", "At the end of each epoch.", _svg(figure))
+    if training["diagnostics"]:
+        yield from _diagnostics(training["diagnostics"])
+
+
+def _diagnostics(found: dict[str, Any]) -> Iterator[_Plot]:
+    """The learning-rate test and the gradients of `vision.diagnose`."""
+    test = found["learning_rate"]
+    with _figure("range") as (figure, axes):
+        axes.plot(test["rates"], [np.nan if v is None else v for v in test["losses"]], color=_RIVAL)
+        axes.axvline(test["used"], color=_CHALLENGER, linewidth=1.4, label="used")
+        axes.axvline(test["recommended"], color=_MUTED, linestyle="--", label="steepest")
+        axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        axes.legend(loc="best")
+        yield _Plot(
+            "Learning-rate test",
+            "Loss of a fresh network while its learning rate rises step by step (Smith 2017). The "
+            "highest rate in use should lie where it falls, and before it grows.",
+            _svg(figure),
+        )
+    layers = found["gradients"]
+    step = math.ceil(len(layers) / _BARS)
+    shown = layers[::step] if step == 1 else [*layers[:-1:step], layers[-1]]
+    places = np.arange(len(shown))[::-1]
+    with _figure("gradients", 9.6, 0.9 + 0.26 * max(len(shown), 3)) as (figure, axes):
+        for when, colour in (("start", _RIVAL), ("end", _CHALLENGER)):
+            # A norm of 0 has no place on a logarithmic axis.
+            norms = [layer[when] or np.nan for layer in shown]
+            axes.plot(norms, places, "o", color=colour, markersize=6, label=f"at the {when}")
+        axes.set_yticks(
+            places, [_short(layer["layer"].removeprefix("body."), 44) for layer in shown]
+        )
+        axes.set(xscale="log", xlabel="norm of the gradient")
+        figure.legend(loc="outside upper right", ncols=2)
+        some = f" {len(shown)} of {len(layers)} layers." if step > 1 else ""
+        yield _Plot(
+            "Gradients by layer",
+            "From the first layer to the last, before and after the training. A layer far left of "
+            f"the others hardly learns.{some}",
             _svg(figure),
             wide=True,
         )

@@ -223,7 +223,7 @@ def _labels(name: str, model: str, version: str, severity: str) -> dict[str, str
 def _describe(result: WindowResult) -> str:
     def text(column: ColumnResult) -> str:
         what = "missing" if column.test in ("missing", "schema") else column.test
-        return f"{column.name} ({what} {column.effect:.2f})"
+        return f"{column.plain_name} ({what} {column.effect:.2f})"
 
     drifted = sorted((c for c in result.columns if c.drifted), key=lambda c: -c.effect)
     names = ", ".join(text(c) for c in drifted[:_NAMED])

@@ -2,8 +2,10 @@
 
 A window is compared with the reference rows of the champion's bundle, column by column: numbers
 by the two-sample Kolmogorov-Smirnov test, categories by the two-sample chi-square test, missing
-values by Fisher's test of two proportions, and the model's own answers like any other column. Both
-sides count as samples, so a small reference makes the tests careful instead of nervous.
+values by Fisher's test of two proportions, and the model's own answers like any other column. Of
+images these columns are statistics, and beside them the embeddings are compared as a whole, by a
+classifier that tries to tell the two sides apart. Both sides count as samples, so a small reference
+makes the tests careful instead of nervous.
 
 A column has drifted when two things hold: its test survives the Benjamini-Hochberg procedure over
 all tests of the window (`monitor.false_alarm_rate`), and its effect, a distance from 0 to 1,
@@ -27,9 +29,11 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
+from driftmill import features
 from driftmill.bundle import PREDICTION, SCORE
-from driftmill.contract import Column, Monitor
+from driftmill.contract import EMBEDDING, Column, Monitor
 from driftmill.features import MISSING, TIME, Signature
+from driftmill.monitor import embedding
 
 #: Name of a category that stands for all rare ones, and of one for all that the reference lacks.
 #: Control characters keep them apart from real categories.
@@ -37,7 +41,8 @@ RARE, UNSEEN = "\x00rare", "\x00unseen"
 #: A cell of the chi-square test needs this many expected rows; smaller ones are pooled.
 EXPECTED = 5.0
 
-Test = Literal["ks", "chi2", "missing", "schema", "none"]
+Test = Literal["ks", "chi2", "classifier", "missing", "schema", "none"]
+Kind = Literal["input", "prediction", "embedding"]
 
 
 class Result(BaseModel):
@@ -50,7 +55,7 @@ class ColumnResult(Result):
     """What one column of a window shows, by the more telling of its tests."""
 
     name: str
-    kind: Literal["input", "prediction"]
+    kind: Kind
     test: Test
     """Which test the next two come from; `schema`: the column is absent or of the wrong type;
     `none`: it was not tested, and `reason` says why."""
@@ -68,6 +73,11 @@ class ColumnResult(Result):
     """Part of the values outside the contract's `min` and `max`."""
     reason: str = ""
     """What is wrong with the column, or why it was not tested; for people."""
+
+    @property
+    def plain_name(self) -> str:
+        """What people call it."""
+        return {PREDICTION: "answers", SCORE: "confidence"}.get(self.name, self.name)
 
 
 class Quality(Result):
@@ -121,12 +131,12 @@ class Profile:
     """One column of the reference, compiled for comparison."""
 
     column: Column
-    kind: Literal["input", "prediction"]
+    kind: Kind
     present: bool
     rows: int
     missing: int
     values: np.ndarray
-    """Numbers: the values, sorted; categories: empty."""
+    """Numbers: the values, sorted; embeddings: (rows, width); categories: empty."""
     counts: Mapping[str, int]
     """Categories: how often each occurs; numbers: empty."""
 
@@ -149,7 +159,8 @@ def compile_reference(signature: Signature, frame: pd.DataFrame) -> tuple[Profil
 
     Returns:
         One profile for each input, and one for the answers: the probability of two classes, the
-        label of more, the number of a regression.
+        label of more, the number of a regression. Of images also the confidence in a label of
+        more than two, and the embeddings.
     """
     if signature.task == "regression":
         answer = Column.model_construct(name=PREDICTION, type="float")
@@ -159,8 +170,14 @@ def compile_reference(signature: Signature, frame: pd.DataFrame) -> tuple[Profil
         answer = Column.model_construct(
             name=PREDICTION, type="category", categories=signature.labels
         )
-    inputs = [_profile(column, "input", frame) for column in signature.columns]
-    return (*inputs, _profile(answer, "prediction", frame))
+    profiles = [_profile(column, "input", frame) for column in signature.columns]
+    profiles.append(_profile(answer, "prediction", frame))
+    if signature.image is not None:
+        if answer.name != SCORE:
+            confidence = Column.model_construct(name=SCORE, type="float")
+            profiles.append(_profile(confidence, "prediction", frame))
+        profiles.append(_profile_embeddings(frame))
+    return tuple(profiles)
 
 
 def decide(
@@ -184,7 +201,10 @@ def decide(
         previous: the result before this one; a result of another version starts no streak.
         quality: the metric on labelled rows, if there are any.
     """
-    tested = [_examine(profile, monitor, frame) for profile in reference]
+    tested = [
+        (_examine if profile.kind != "embedding" else _examine_embeddings)(profile, monitor, frame)
+        for profile in reference
+    ]
     limit = _benjamini_hochberg(
         [f.p_value for _, findings in tested for f in findings], monitor.false_alarm_rate
     )
@@ -283,7 +303,7 @@ def missing(reference: tuple[int, int], window: tuple[int, int]) -> Finding:
     return Finding("missing", min(1.0, p_value), abs(a / m - b / n))
 
 
-def _profile(column: Column, kind: Literal["input", "prediction"], frame: pd.DataFrame) -> Profile:
+def _profile(column: Column, kind: Kind, frame: pd.DataFrame) -> Profile:
     present = column.name in frame
     values = _values(column, frame[column.name])[0] if present else np.empty(0)
     as_counts = column.type in ("category", "bool")
@@ -295,6 +315,21 @@ def _profile(column: Column, kind: Literal["input", "prediction"], frame: pd.Dat
         missing=len(frame) - len(values),
         values=np.empty(0) if as_counts else np.sort(values),
         counts=_counts(values) if as_counts else {},
+    )
+
+
+def _profile_embeddings(frame: pd.DataFrame) -> Profile:
+    values = np.empty((0, 0))
+    if features.EMBEDDING in frame:
+        _, values = embedding.read(frame[features.EMBEDDING])
+    return Profile(
+        column=Column.model_construct(name=EMBEDDING, type="float"),
+        kind="embedding",
+        present=features.EMBEDDING in frame,
+        rows=len(frame),
+        missing=len(frame) - len(values),
+        values=values[embedding.sample(len(values))],
+        counts={},
     )
 
 
@@ -385,6 +420,44 @@ def _examine(
             elif counted := chi2(profile.counts, counts):
                 findings.append(counted)
     return result.model_copy(update={"reason": "; ".join(reasons)}), findings
+
+
+def _examine_embeddings(
+    profile: Profile, monitor: Monitor, frame: pd.DataFrame
+) -> tuple[ColumnResult, list[Finding]]:
+    """Describe the embeddings of a window, and test them where that is possible. Missing ones are
+    a matter of the service, not of the world, and no drift."""
+    old, new = profile.values, np.empty((0, 0))
+    if features.EMBEDDING in frame:
+        _, new = embedding.read(frame[features.EMBEDDING], old.shape[1])
+    findings: list[Finding] = []
+    reason = ""
+    if EMBEDDING in monitor.ignore:
+        reason = "ignored by the contract"
+    elif min(len(old), len(new)) < monitor.min_rows:
+        side, rows = (
+            ("reference", len(old)) if len(old) < monitor.min_rows else ("window", len(new))
+        )
+        reason = (
+            f"not tested: {rows} valid embeddings in the {side}, "
+            f"monitor.min_rows is {monitor.min_rows}"
+        )
+    else:
+        found = embedding.separate(old, new[embedding.sample(len(new))])
+        findings.append(Finding("classifier", found.p_value, found.effect))
+    result = ColumnResult(
+        name=EMBEDDING,
+        kind="embedding",
+        test="none",
+        p_value=None,
+        effect=0.0,
+        drifted=False,
+        missing=1 - len(new) / len(frame),
+        unseen=0.0,
+        out_of_range=0.0,
+        reason=reason,
+    )
+    return result, findings
 
 
 def _unseen(profile: Profile, counts: Mapping[str, int]) -> float:

@@ -8,7 +8,7 @@ windows to report from its standard input and ends when that closes:
 
 Each line in is a window's index, each line out a `Report` as JSON. Evidently fails as a whole on a
 column that is absent, all missing or of the wrong type: such columns are taken out first, and
-listed.
+listed. On the page of a window of images, these come first (`driftmill.monitor.gallery`).
 """
 
 from __future__ import annotations
@@ -199,6 +199,11 @@ def make(store: Store, model: str, index: int, rows: int) -> Report:
             }
         )
         html, found, scores, share = render(data)
+        if signature.image is not None:
+            from driftmill.monitor import gallery  # needs Pillow, which tables do not
+
+            part = gallery.section(signature, reference, window, result)
+            html = html.replace("<body>", f"<body>{part}", 1)
     except (BundleError, ReportError) as error:
         report = report.model_copy(update={"error": str(error)})
     else:

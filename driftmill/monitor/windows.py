@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict
 from driftmill import bundle, rollout
 from driftmill.bundle import PREDICTION, SCORE, Manifest
 from driftmill.contract import Contract
-from driftmill.features import Signature
+from driftmill.features import EMBEDDING, IMAGE, Signature
 from driftmill.monitor import drift, quality
 from driftmill.monitor.drift import Quality, WindowResult
 from driftmill.serving import log
@@ -43,12 +43,16 @@ logger = logging.getLogger(__name__)
 LATE = timedelta(hours=6)
 #: Rows read at a time. A long backlog is worked off in batches of about this size.
 BATCH_ROWS = 50_000
+#: Bytes of images and embeddings after which no further segment is read, once a window is full.
+BATCH_BYTES = 128 * 1024 * 1024
 #: Answers and labels remembered for the quality; older ones are forgotten.
 LABELLED_ROWS = 100_000
 #: Windows of one streak that get a report: these first ones, then every hundredth.
 REPORTS = 10
 
 _ANSWER = ["_prediction_id", "_at", PREDICTION, SCORE]
+#: Columns of the log that hold bytes.
+_BINARY = (IMAGE, EMBEDDING)
 
 
 class State(BaseModel):
@@ -207,7 +211,7 @@ class Monitor:
         count = 0
         frames: list[pd.DataFrame] = []
         for key in sorted(self._predictions.seen, reverse=True):
-            rows = self._segment(key)
+            rows = self._segment(key, without=_BINARY)
             if rows is None:
                 continue
             mine = self._mine(rows)
@@ -220,11 +224,12 @@ class Monitor:
             self._answers = pd.concat(frames)
 
     def _read_predictions(self, keys: list[str]) -> None:
-        count = len(self._buffer)
+        count, size = len(self._buffer), _bytes(self._buffer)
+        window = self.contract.monitor.window
         frames: list[pd.DataFrame] = []
         done = []
         for key in keys:
-            if count >= max(BATCH_ROWS, self.contract.monitor.window):
+            if count >= window and (count >= BATCH_ROWS or size >= BATCH_BYTES):
                 break
             rows = self._segment(key)
             done.append(key)
@@ -232,6 +237,7 @@ class Monitor:
             if mine is not None and len(mine):
                 frames.append(mine)
                 count += len(mine)
+                size += _bytes(mine)
         # Only now: where the store fails half-way, the next call reads all of them again.
         self._predictions.seen.update(done)
         self.behind = len(done) < len(keys)
@@ -264,10 +270,10 @@ class Monitor:
         self._truth = truth.drop_duplicates("_prediction_id", keep="last").tail(LABELLED_ROWS)
         self._labels.prune()
 
-    def _segment(self, key: str) -> pd.DataFrame | None:
+    def _segment(self, key: str, without: tuple[str, ...] = ()) -> pd.DataFrame | None:
         """The rows of a segment; None, with a word in the log, where it cannot be read."""
         try:
-            rows = log.read(self.store, [key])
+            rows = log.read(self.store, [key], without=without)
         except (OSError, pa.ArrowException) as error:
             # Arrow also raises OSError for damaged content, but without an errno.
             if isinstance(error, OSError) and error.errno is not None:
@@ -433,12 +439,27 @@ def _folder(model: str) -> str:
     return f"{model}/monitor"
 
 
+def _bytes(rows: pd.DataFrame) -> int:
+    """Size of a table's images and embeddings."""
+    return sum(
+        len(value)
+        for name in _BINARY
+        if name in rows
+        for value in rows[name]
+        if isinstance(value, bytes)
+    )
+
+
 def _parquet(rows: pd.DataFrame) -> bytes:
-    """Rows as Parquet; a column that mixes types is kept as text."""
+    """Rows as Parquet; a column that mixes types is kept as text, and of images and embeddings
+    what is bytes."""
     rows = rows.copy(deep=False)
     for name in rows.select_dtypes("object").columns:
         values = rows[name]
-        rows[name] = values.where(values.isna(), values.map(str))
+        if name in _BINARY:
+            rows[name] = [value if isinstance(value, bytes) else None for value in values]
+        else:
+            rows[name] = values.where(values.isna(), values.map(str))
     buffer = io.BytesIO()
     rows.to_parquet(buffer, index=False, compression="zstd")
     return buffer.getvalue()

@@ -2,6 +2,9 @@
 
 The decoders are strict: no text for a number, no unknown field, no value outside its range, and
 what they refuse they name by its path. Nothing here imports pandas.
+
+`Codec` is what models of tables and of images have in common, `TableCodec` reads tables,
+`image_codec.ImageCodec` images; `codec_for` makes the right one.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from operator import attrgetter
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
 import msgspec
 import numpy as np
@@ -19,6 +22,9 @@ from msgspec import Meta
 
 from driftmill.contract import Column, Contract, did_you_mean
 from driftmill.features import ID, MISSING, TIME, Signature
+from driftmill.serving.session import Session
+
+JSON = "application/json"
 
 #: What a prediction id looks like: who made it (16 digits) and a counter (10 digits).
 ID_PATTERN = "^[0-9a-f]{26}$"
@@ -99,22 +105,32 @@ class Codec:
     Args:
         signature: what the model takes and gives.
         contract: how many records a request may have, and spellings of labels.
+        fields: of a record, beside `_id` and `_time`, which every record may have.
+        rename: names in JSON of the fields that have others in Python.
+        words: the words that each field takes, by its name in JSON; none where any will do.
     """
 
-    def __init__(self, signature: Signature, contract: Contract) -> None:
+    #: Whether decoding and running the model take so long that they happen in threads.
+    threaded: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        signature: Signature,
+        contract: Contract,
+        fields: Sequence[tuple[str, Any] | tuple[str, Any, Any]],
+        rename: dict[str, str],
+        words: dict[str, tuple[str, ...]],
+    ) -> None:
         self.signature = signature
-        self.columns = {c.name: c for c in signature.columns}
-        names = {c.name: f"c{i}" for i, c in enumerate(signature.columns)}
         most = contract.serve.max_records
         record = msgspec.defstruct(
             "Record",
-            [_field(names[c.name], c) for c in signature.columns]
-            + [
+            [
+                *fields,
                 ("id", Annotated[str, Meta(max_length=512)] | None, None),
                 ("time", Annotated[datetime, Meta(tz=True)] | None, None),
             ],
-            rename={attribute: name for name, attribute in names.items()}
-            | {"id": ID, "time": TIME},
+            rename=rename | {"id": ID, "time": TIME},
             forbid_unknown_fields=True,
             kw_only=True,
             gc=False,
@@ -136,18 +152,28 @@ class Codec:
         self.feedback_type = msgspec.defstruct(
             "FeedbackRequest", [("labels", labels)], forbid_unknown_fields=True
         )
+        #: Most rows that waiting requests are joined to.
+        self.batch_rows = contract.serve.max_batch_rows
+        self._words = words
         self._predict = msgspec.json.Decoder(self.predict_type)
         self._feedback = msgspec.json.Decoder(self.feedback_type)
         self._label_aliases = contract.data.target.aliases
 
-        self._numeric = _getter([names[n] for n in signature.numeric])
-        self._text = _getter([names[n] for n in signature.categorical])
-        self._nullable_text = any(c.nullable for c in signature.columns if not c.is_numeric)
-        self._booleans = [names[c.name] for c in signature.columns if c.type == "bool"]
-        self._aliases = [(names[c.name], c.aliases) for c in signature.columns if c.aliases]
+    def content(self) -> dict[str, Any]:
+        """Content types of `/predict` beside JSON, and what is sent with them, for OpenAPI."""
+        return {}
 
-    def records(self, body: bytes) -> list[Any]:
-        """The records of a request. Raises RequestError (400, 422)."""
+    def check_kind(self, kind: str) -> None:
+        """Raise RequestError (415) for a content type that `/predict` does not take."""
+        if not is_json(kind):
+            raise RequestError(415, "unsupported_media_type", f"Send Content-Type: {JSON}")
+
+    def records(self, body: bytes, kind: str = JSON) -> list[Any]:
+        """The records of a request, not decoded yet.
+
+        Raises:
+            RequestError: 400, 422.
+        """
         records: list[Any] = self._decode(self._predict, body).records
         for index, record in enumerate(records):
             if record.time is not None and record.time.year not in _YEARS:
@@ -157,16 +183,30 @@ class Codec:
                     f"Expected a time between {_YEARS[0]} and {_YEARS[-1]}",
                     f"$.records[{index}].{TIME}",
                 )
-        for name in self._booleans:
-            for record in records:
-                value = getattr(record, name)
-                if value is not None:
-                    setattr(record, name, bool(value))
-        for name, aliases in self._aliases:
-            for record in records:
-                value = getattr(record, name)
-                setattr(record, name, aliases.get(value, value))
         return records
+
+    def decode_now(self, records: list[Any]) -> list[Any] | None:
+        """As `decode`; None where that would hold the event loop up."""
+        return self.decode(records)
+
+    def decode(self, records: list[Any]) -> list[Any]:
+        """Records as `run` takes them. Raises RequestError (413, 415, 422)."""
+        return records
+
+    def run(
+        self, session: Session, records: Sequence[Any], keep: bool = True
+    ) -> tuple[np.ndarray, Sequence[Any]]:
+        """Predict.
+
+        Args:
+            session: the model.
+            records: from `decode`.
+            keep: whether the log keeps what a record weighs most with.
+
+        Returns:
+            The model's output, and what the log keeps of each record.
+        """
+        raise NotImplementedError
 
     def labels(self, body: bytes) -> list[GivenLabel]:
         """The labels of a feedback, spelt as the model spells them. Raises RequestError."""
@@ -175,15 +215,6 @@ class Codec:
             GivenLabel(given.id, aliases.get(given.label, given.label) if aliases else given.label)
             for given in self._decode(self._feedback, body).labels
         ]
-
-    def arrays(self, records: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The model's inputs, as `features.arrays` makes them: (rows, a) float32, (rows, b) str."""
-        rows = len(records)
-        numeric = np.array([self._numeric(r) for r in records], np.float32).reshape(rows, -1)
-        texts = [self._text(r) for r in records]
-        if self._nullable_text:
-            texts = [tuple(MISSING if v is None else v for v in row) for row in texts]
-        return numeric, np.array(texts, object).reshape(rows, -1)
 
     def answers(self, ids: Sequence[str], output: np.ndarray) -> list[Answer]:
         """A model's output, row by row, as `bundle.answers` reads it."""
@@ -222,7 +253,7 @@ class Codec:
         if field is not None:
             name = field["name"]
             if "unknown" in what:
-                known = [*self.columns, ID, TIME] if path.startswith("$.records[") else []
+                known = [*self._words, ID, TIME] if path.startswith("$.records[") else []
                 what = f"Unknown field {name!r}{did_you_mean(name, known)}"
             else:
                 what = f"The field {name!r} is needed"
@@ -230,14 +261,58 @@ class Codec:
         elif what.startswith("Invalid enum value "):
             value = what.removeprefix("Invalid enum value ").strip("'")
             column = _RECORD.fullmatch(path)
-            valid = (
-                self.columns[column["name"]].categories
-                if column is not None
-                else self.signature.labels
-            )
+            valid = self._words[column["name"]] if column is not None else self.signature.labels
             shown = ", ".join(repr(v) for v in valid[:10]) + (", ..." if len(valid) > 10 else "")
             what = f"Expected one of {shown}, got {value[:60]!r}{did_you_mean(value[:60], valid)}"
         raise RequestError(422, "invalid_field", what, path)
+
+
+class TableCodec(Codec):
+    """The codec of a model whose records are rows of a table; arguments are those of `Codec`."""
+
+    def __init__(self, signature: Signature, contract: Contract) -> None:
+        names = {c.name: f"c{i}" for i, c in enumerate(signature.columns)}
+        super().__init__(
+            signature,
+            contract,
+            fields=[_field(names[c.name], c) for c in signature.columns],
+            rename={attribute: name for name, attribute in names.items()},
+            words={c.name: c.categories for c in signature.columns},
+        )
+        self._numeric = _getter([names[n] for n in signature.numeric])
+        self._text = _getter([names[n] for n in signature.categorical])
+        self._nullable_text = any(c.nullable for c in signature.columns if not c.is_numeric)
+        self._booleans = [names[c.name] for c in signature.columns if c.type == "bool"]
+        self._aliases = [(names[c.name], c.aliases) for c in signature.columns if c.aliases]
+
+    def records(self, body: bytes, kind: str = JSON) -> list[Any]:
+        """The records of a request. Raises RequestError (400, 422)."""
+        records = super().records(body)
+        for name in self._booleans:
+            for record in records:
+                value = getattr(record, name)
+                if value is not None:
+                    setattr(record, name, bool(value))
+        for name, aliases in self._aliases:
+            for record in records:
+                value = getattr(record, name)
+                setattr(record, name, aliases.get(value, value))
+        return records
+
+    def run(
+        self, session: Session, records: Sequence[Any], keep: bool = True
+    ) -> tuple[np.ndarray, Sequence[Any]]:
+        """Predict; the log keeps the records as they are."""
+        return session.run(*self.arrays(records)), records
+
+    def arrays(self, records: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+        """The model's inputs, as `features.arrays` makes them: (rows, a) float32, (rows, b) str."""
+        rows = len(records)
+        numeric = np.array([self._numeric(r) for r in records], np.float32).reshape(rows, -1)
+        texts = [self._text(r) for r in records]
+        if self._nullable_text:
+            texts = [tuple(MISSING if v is None else v for v in row) for row in texts]
+        return numeric, np.array(texts, object).reshape(rows, -1)
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
@@ -279,6 +354,28 @@ def _label(contract: Contract, signature: Signature) -> Any:
     low = -math.inf if target.min is None else target.min
     high = math.inf if target.max is None else target.max
     return Annotated[float, Meta(ge=max(low, -_LARGEST), le=min(high, _LARGEST))]
+
+
+def is_json(kind: str) -> bool:
+    """Whether a content type is JSON's."""
+    if kind == JSON:
+        return True
+    kind = media_type(kind)
+    return kind == JSON or kind.endswith("+json")
+
+
+def media_type(kind: str) -> str:
+    """A content type without its parameters."""
+    return kind.partition(";")[0].strip().lower()
+
+
+def codec_for(signature: Signature, contract: Contract) -> Codec:
+    """The codec of a model of tables or of images."""
+    if signature.image is None:
+        return TableCodec(signature, contract)
+    from driftmill.serving.image_codec import ImageCodec  # tables need no Pillow
+
+    return ImageCodec(signature, contract)
 
 
 def encode_answers(model: str, version: str, answers: list[Answer]) -> bytes:

@@ -7,11 +7,16 @@ removes them. The key follows from the spool file's name, so that a crash betwee
 the same segment again and nothing twice. A writer holds a lock (`flock`) on its open file: a
 spool file without a lock is closed, or its writer is dead, and any process may move it.
 
+The rows of a model of images also hold `_image`, the pixels that the model saw as PNG (null where
+the contract keeps none, and of a shadow), and `_embedding`, float16 little-endian: base64 in the
+spool, bytes in Parquet. They are most of a segment: readers may leave them out (`without`).
+
 Readers (`segments`, `read`, `labelled`) import pandas; the writing side does not.
 """
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import io
 import logging
@@ -25,12 +30,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
 from driftmill.contract import Task
-from driftmill.features import ID, TIME, Signature
+from driftmill.features import EMBEDDING, ID, IMAGE, TIME, Signature
 from driftmill.store import Store
 
 if TYPE_CHECKING:
@@ -41,6 +47,8 @@ logger = logging.getLogger(__name__)
 Kind = Literal["predictions", "labels"]
 Role = Literal["champion", "challenger", "shadow"]
 
+#: A spool file of more bytes is closed, so that it can be moved within memory.
+ROTATE_BYTES = 64 * 1024 * 1024
 #: Clocks of two processes may differ by this much.
 _SKEW = timedelta(minutes=1)
 _STAMP = pa.timestamp("us", "UTC")
@@ -56,6 +64,8 @@ class Schema(msgspec.Struct, frozen=True):
     text: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     """All inputs in the contract's order."""
+    binary: tuple[str, ...] = ()
+    """Columns of bytes, last."""
     format: int = 1
 
     @classmethod
@@ -69,6 +79,7 @@ class Schema(msgspec.Struct, frozen=True):
             boolean=tuple(c.name for c in columns if c.type == "bool"),
             text=tuple(c.name for c in columns if c.type == "category"),
             columns=tuple(c.name for c in columns),
+            binary=() if signature.image is None else (IMAGE, EMBEDDING),
         )
 
     @classmethod
@@ -110,8 +121,8 @@ def now_us() -> int:
 class Log:
     """The writing side, for one model in one process.
 
-    `append` may be called from one thread (the event loop's); shipping runs in a thread of its
-    own between `start` and `close`.
+    `append` may be called from any thread; shipping runs in a thread of its own between `start` and
+    `close`.
 
     Args:
         spool: folder of the spool files, on a local disk.
@@ -178,7 +189,7 @@ class Log:
                 if file.broken:
                     self._drop(schema)
                 raise
-            if file.rows >= self.rotate_rows:
+            if file.rows >= self.rotate_rows or file.size >= ROTATE_BYTES:
                 self._drop(schema)
                 self._wake.set()
 
@@ -286,7 +297,11 @@ def _move(path: Path, store: Store, model: str) -> None:
         table = _table(content)
         if table is not None:
             buffer = io.BytesIO()
-            pyarrow.parquet.write_table(table, buffer, compression="zstd")
+            # Pixels and embeddings are all different: a dictionary of them is only work.
+            shared = [c.name for c in table.schema if c.type != pa.binary()]
+            pyarrow.parquet.write_table(
+                table, buffer, compression="zstd", use_dictionary=shared or False
+            )
             day, rest = path.stem.split("-", 1)
             store.write(f"{model}/log/{path.parent.name}/{day}/{rest}.parquet", buffer.getvalue())
         path.unlink()
@@ -307,7 +322,9 @@ def _table(content: bytes) -> pa.Table | None:
         types = dict.fromkeys(schema.numeric, pa.float64())
         types |= dict.fromkeys(schema.boolean, pa.bool_())
         types |= dict.fromkeys(schema.text, pa.string())
-        record = [(ID, pa.string()), (TIME, _STAMP), *((c, types[c]) for c in schema.columns)]
+        types |= dict.fromkeys(schema.binary, pa.string())
+        inputs = (*schema.columns, *schema.binary)
+        record = [(ID, pa.string()), (TIME, _STAMP), *((c, types[c]) for c in inputs)]
         fields = [
             ("_prediction_id", pa.string()),
             ("_request_id", pa.string()),
@@ -329,17 +346,29 @@ def _table(content: bytes) -> pa.Table | None:
     columns = {name: table[name] for name, _ in fields if name != "_record"}
     columns["_at"] = columns["_at"].cast(_STAMP)
     if schema.kind == "predictions":
-        inputs = table["_record"].combine_chunks()
-        parts = dict(zip((name for name, _ in record), inputs.flatten(), strict=True))
+        flat = table["_record"].combine_chunks().flatten()
+        parts = dict(zip((name for name, _ in record), flat, strict=True))
         given = (ID, TIME)
         middle = {name: parts[name] for name in given}
         rest = {
             c: parts[c].cast(pa.float64()) if c in schema.boolean else parts[c]
             for c in schema.columns
         }
+        rest |= {c: _decoded(parts[c]) for c in schema.binary}
         head = {name: columns[name] for name in ("_prediction_id", "_request_id", "_at")}
         columns = head | middle | columns | rest
     return pa.table(columns)
+
+
+def _decoded(texts: pa.Array) -> pa.Array:
+    """Base64 as bytes."""
+    values = [None if t is None else base64.b64decode(t) for t in texts.to_pylist()]
+    # Made of its buffers, as `pa.array` would import pandas.
+    ends = np.cumsum([0, *(len(v or b"") for v in values)], dtype=np.int32)
+    known = np.packbits([v is not None for v in values], bitorder="little")
+    content = b"".join(v for v in values if v is not None)
+    buffers = [pa.py_buffer(part) for part in (known, ends, content)]
+    return pa.Array.from_buffers(pa.binary(), len(values), buffers)
 
 
 def segments(store: Store, model: str, kind: Kind, seen: Collection[str] = ()) -> list[str]:
@@ -352,28 +381,34 @@ def segments(store: Store, model: str, kind: Kind, seen: Collection[str] = ()) -
     ]
 
 
-def read(store: Store, keys: Iterable[str]) -> pd.DataFrame:
-    """The rows of some segments, in the order of the keys.
+def read(store: Store, keys: Iterable[str], without: Collection[str] = ()) -> pd.DataFrame:
+    """The rows of some segments, in the order of the keys, without some columns.
 
     Columns that only some segments have are null in the others. No keys give an empty table
     without columns.
     """
     import pandas as pd
 
-    tables = [pyarrow.parquet.read_table(pa.BufferReader(store.read(key))) for key in keys]
+    tables = []
+    for key in keys:
+        file = pyarrow.parquet.ParquetFile(pa.BufferReader(store.read(key)))
+        tables.append(file.read([name for name in file.schema_arrow.names if name not in without]))
     if not tables:
         return pd.DataFrame()
     frame: pd.DataFrame = pa.concat_tables(tables, promote_options="permissive").to_pandas()
     return frame
 
 
-def labelled(store: Store, model: str, since: datetime | None = None) -> pd.DataFrame:
+def labelled(
+    store: Store, model: str, since: datetime | None = None, without: Collection[str] = ()
+) -> pd.DataFrame:
     """Answered predictions (not those in shadow) whose label has come.
 
     Args:
         store: where the log lies.
         model: whose log.
         since: leave out predictions before this time (`_at`).
+        without: columns that are not read.
 
     Returns:
         The columns of the log of predictions and `_label`, the newest label of each, in the order
@@ -381,7 +416,7 @@ def labelled(store: Store, model: str, since: datetime | None = None) -> pd.Data
     """
     import pandas as pd
 
-    predictions = read(store, _recent(segments(store, model, "predictions"), since))
+    predictions = read(store, _recent(segments(store, model, "predictions"), since), without)
     labels = read(store, _recent(segments(store, model, "labels"), since))
     if predictions.empty or labels.empty:
         return pd.DataFrame()

@@ -30,9 +30,9 @@ class Error(msgspec.Struct):
 
 _MEANINGS = {
     "400": "The body is not valid JSON.",
-    "413": "The body is too large.",
-    "415": "The body is not sent as JSON.",
-    "422": "A field is wrong; `path` says which.",
+    "413": "The body, or an image in it, is too large.",
+    "415": "The content type is none that is taken, or the body is no image of a listed format.",
+    "422": "A field is wrong, or an image breaks a rule; `path` says which.",
     "503": "No version is loaded, too many requests wait, or the log cannot be written.",
 }
 
@@ -56,7 +56,9 @@ def openapi(model: str, codec: Codec | None) -> dict[str, Any]:
         "schema": {"type": "string", "maxLength": 128},
     }
 
-    def post(summary: str, request: Any, answer: Any) -> dict[str, Any]:
+    def post(
+        summary: str, request: Any, answer: Any, more: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         failures = {
             status: {"description": text, "content": _json(error)}
             for status, text in _MEANINGS.items()
@@ -65,7 +67,7 @@ def openapi(model: str, codec: Codec | None) -> dict[str, Any]:
             "post": {
                 "summary": summary,
                 "parameters": [request_id],
-                "requestBody": {"required": True, "content": _json(request)},
+                "requestBody": {"required": True, "content": _json(request) | (more or {})},
                 "responses": {
                     "200": {"description": "Done.", "content": _json(answer)},
                     **failures,
@@ -86,7 +88,9 @@ def openapi(model: str, codec: Codec | None) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": model, "version": version("driftmill")},
         "paths": {
-            "/predict": post("Predict one record or many.", predict, answers),
+            "/predict": post(
+                "Predict one record or many.", predict, answers, codec.content() if codec else None
+            ),
             "/feedback": post("Give labels of earlier predictions, by id.", feedback, accepted),
             "/model": get("What serves: version, digests, schema, rollout, refused versions."),
             "/livez": get("Whether the process lives."),

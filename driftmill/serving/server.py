@@ -2,8 +2,11 @@
 
 One process, one event loop. Requests that wait together run as one batch: the first one asks the
 loop to call back, and whatever has arrived by then goes into the same run of the model, so that
-batching adds no delay. What serves is one immutable `Serving` value; a poll of the rollout loads
-new versions in a thread and replaces the value in one assignment.
+batching adds no delay. Models of images take long: they run in a thread, one batch at a time, and
+whatever arrives meanwhile is the next batch; images are decoded in threads, too, unless tiny.
+
+What serves is one immutable `Serving` value; a poll of the rollout loads new versions in a thread
+and replaces the value in one assignment.
 
 Routes: `POST /predict`, `POST /feedback`, `GET /model`, `/livez`, `/readyz`, `/metrics`,
 `/docs.json`. All other paths go to the application that the handler is wrapped around.
@@ -19,10 +22,11 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +35,19 @@ import numpy as np
 from driftmill import bundle, rollout
 from driftmill.bundle import Bundle, BundleError
 from driftmill.rollout import Rollout, RolloutConflict
-from driftmill.serving.codec import Answer, Codec, RequestError, encode_answers
+from driftmill.serving.codec import (
+    JSON,
+    Answer,
+    Codec,
+    RequestError,
+    codec_for,
+    encode_answers,
+    is_json,
+)
 from driftmill.serving.log import Label, Log, Prediction, Role, Schema, now_us
 from driftmill.serving.metrics import CONTENT_TYPE, Metrics
 from driftmill.serving.openapi import openapi
+from driftmill.serving.session import cores
 from driftmill.store import Store
 
 logger = logging.getLogger(__name__)
@@ -44,12 +57,14 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-#: Batches that may wait; requests beyond them are turned away with 503.
-WAITING_BATCHES = 16
+#: Batches that may wait, or rows where these are more; requests beyond are turned away with 503.
+WAITING_BATCHES, WAITING_ROWS = 16, 256
 #: Requests that may be in the process at once, their bodies being read included.
 MAX_REQUESTS = 1024
 #: Seconds that the rest of a body may take.
 BODY_TIMEOUT = 10.0
+#: Images that are decoded at once.
+_DECODERS = min(4, cores())
 #: A version that did not load is tried again after this many seconds.
 LOAD_AGAIN = 10.0
 
@@ -74,23 +89,23 @@ class Model:
         self.version = loaded.version
         self.settings = loaded.manifest.contract.serve
         self.header = (b"x-model-version", loaded.version.encode())
-        self.codec = Codec(loaded.signature, loaded.manifest.contract)
+        self.codec = codec_for(loaded.signature, loaded.manifest.contract)
         self.schema = Schema.predictions(loaded.signature)
         self.label_schema = Schema.labels(loaded.signature)
         # A record decoded for one model fits another with the same inputs.
-        self.inputs = [(c.name, c.type, c.nullable) for c in loaded.signature.columns]
+        columns = [(c.name, c.type, c.nullable) for c in loaded.signature.columns]
+        self.inputs = (columns, loaded.signature.image)
 
-    def run(self, records: Sequence[Any]) -> np.ndarray:
-        """Predict. Raises ModelError where the model fails or gives no number."""
-        numeric, text = self.codec.arrays(records)
+    def run(self, records: Sequence[Any], keep: bool = True) -> tuple[np.ndarray, Sequence[Any]]:
+        """Predict, as `Codec.run`. Raises ModelError where the model fails or gives no number."""
         try:
-            output = self.bundle.session.run(numeric, text)
+            output, kept = self.codec.run(self.bundle.session, records, keep)
         # ONNX Runtime raises classes of its own, some of which derive from Exception only.
         except Exception as error:
             raise ModelError(f"{self.version} failed: {error}") from error
         if not np.isfinite(output).all():
             raise ModelError(f"{self.version} answered NaN or infinity")
-        return output
+        return output, kept
 
 
 class ModelError(RuntimeError):
@@ -180,6 +195,9 @@ class Server:
         self._flush_planned = False
         self._wake = asyncio.Event()
         self._poller: asyncio.Task[None] | None = None
+        self._batches: asyncio.Task[None] | None = None
+        self._decoders = ThreadPoolExecutor(_DECODERS, thread_name_prefix="decode")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="batch")
         self._shadows = ThreadPoolExecutor(1, thread_name_prefix="shadow")
         self._shadow_rows = 0
 
@@ -197,9 +215,13 @@ class Server:
         if self._poller is not None:
             self._poller.cancel()
             await asyncio.wait([self._poller])
-        while self._waiting:
-            self._flush()
-        await asyncio.to_thread(self._shadows.shutdown)
+        while self._waiting or self._batches is not None:
+            if self._batches is None:
+                self._flush()
+            else:
+                await asyncio.wait([self._batches])
+        for threads in (self._decoders, self._worker, self._shadows):
+            await asyncio.to_thread(threads.shutdown)
         await asyncio.to_thread(self.log.close)
 
     async def _poll(self) -> None:
@@ -311,10 +333,13 @@ class Server:
                     headers=((b"allow", allowed.encode()),),
                 )
             if path == "/predict":
-                request_id, body = await self._receive(scope, receive)
-                response, version = await self.predict(body, request_id)
+                request_id, kind, body = await self._receive(scope, receive)
+                answer = self.predict(body, request_id, kind)
+                if self._serving().champion.codec.threaded:
+                    answer = _while_connected(answer, receive)
+                response, version = await answer
             elif path == "/feedback":
-                request_id, body = await self._receive(scope, receive)
+                request_id, _, body = await self._receive(scope, receive)
                 response = self.feedback(body)
             else:
                 response = self._get(path)
@@ -337,8 +362,15 @@ class Server:
         )
         await send({"type": "http.response.body", "body": response.body})
 
-    async def predict(self, body: bytes, request_id: str = "") -> tuple[Response, str]:
+    async def predict(
+        self, body: bytes, request_id: str = "", kind: str = JSON
+    ) -> tuple[Response, str]:
         """The answer to a body of `POST /predict`, and the version that gave it.
+
+        Args:
+            body: of the request.
+            request_id: its name; one is made up for none.
+            kind: its content type.
 
         Raises:
             RequestError: there is no answer.
@@ -346,17 +378,25 @@ class Server:
         serving = self._serving()
         request_id = request_id or self._new_id()
         model, role = serving.champion, serving.role(request_id)
-        records = model.codec.records(body)
+        codec = model.codec
+        records = codec.records(body, kind)
         if role == "challenger" and serving.challenger is not None:
             model = serving.challenger
-        most = serving.champion.settings.max_batch_rows * WAITING_BATCHES
-        if self._waiting and self._waiting_rows + len(records) > most:
+        most = _most_waiting(codec)
+        if self._waiting_rows and self._waiting_rows + len(records) > most:
             self.metrics.rejected.inc()
             raise RequestError(503, "overloaded", "Too many requests wait", headers=(_RETRY,))
         loop = asyncio.get_running_loop()
-        waiting = _Waiting(request_id, records, serving, model, role, loop.create_future())
+        decoded = codec.decode_now(records)
+        if decoded is None:
+            self._waiting_rows += len(records)
+            try:
+                decoded = await loop.run_in_executor(self._decoders, codec.decode, records)
+            finally:
+                self._waiting_rows -= len(records)
+        waiting = _Waiting(request_id, decoded, serving, model, role, loop.create_future())
         self._waiting.append(waiting)
-        self._waiting_rows += len(records)
+        self._waiting_rows += len(decoded)
         if not self._flush_planned:
             self._flush_planned = True
             loop.call_soon(self._flush)
@@ -381,10 +421,10 @@ class Server:
             )
         return self.serving
 
-    async def _receive(self, scope: Scope, receive: Receive) -> tuple[str, bytes]:
-        """Request id (maybe made up) and body of a request."""
+    async def _receive(self, scope: Scope, receive: Receive) -> tuple[str, str, bytes]:
+        """Request id (maybe made up), content type and body of a request."""
         request_id = length = ""
-        kind = "application/json"
+        kind = JSON
         encoding = "identity"
         for name, value in scope["headers"]:
             if name == b"content-length":
@@ -399,12 +439,11 @@ class Server:
             raise RequestError(
                 400, "invalid_request_id", "X-Request-Id takes at most 128 visible ASCII characters"
             )
-        if kind != "application/json":
-            kind = kind.partition(";")[0].strip().lower()
-            if kind != "application/json" and not kind.endswith("+json"):
-                raise RequestError(
-                    415, "unsupported_media_type", "Send Content-Type: application/json"
-                )
+        champion = self._serving().champion
+        if scope["path"] == "/predict":
+            champion.codec.check_kind(kind)
+        elif not is_json(kind):
+            raise RequestError(415, "unsupported_media_type", f"Send Content-Type: {JSON}")
         if encoding.strip().lower() not in ("", "identity"):
             raise RequestError(415, "unsupported_encoding", "Send the body uncompressed")
         if self._requests > MAX_REQUESTS:
@@ -415,7 +454,7 @@ class Server:
                 "Too many requests at once",
                 headers=(_RETRY, (b"connection", b"close")),
             )
-        limit = self._serving().champion.settings.max_body_bytes
+        limit = champion.settings.max_body_bytes
         if length.isdecimal() and int(length[:20]) > limit:
             raise _too_large(limit)
         message = await receive()
@@ -433,7 +472,7 @@ class Server:
                 ) from None
         if len(body) > limit:
             raise _too_large(limit)
-        return request_id or self._new_id(), body
+        return request_id or self._new_id(), kind, body
 
     def _get(self, path: str) -> Response:
         match path:
@@ -484,36 +523,68 @@ class Server:
 
     def _flush(self) -> None:
         """Answer the requests that wait, as many as fit into one batch."""
+        if self._waiting and self._waiting[0].model.codec.threaded:
+            self._batches = asyncio.create_task(self._run_batches(), name="batches")
+            return
         self._flush_planned = False
-        batch: list[_Waiting] = []
-        rows = 0
-        while self._waiting:
-            most = self._waiting[0].serving.champion.settings.max_batch_rows
-            if batch and rows + len(self._waiting[0].records) > most:
-                break
-            waiting = self._waiting.popleft()
-            rows += len(waiting.records)
-            batch.append(waiting)
-        self._waiting_rows -= rows
-        if self._waiting:
-            self._flush_planned = True
-            asyncio.get_running_loop().call_soon(self._flush)
-        groups: dict[Model, list[_Waiting]] = {}
-        for waiting in batch:
-            groups.setdefault(waiting.model, []).append(waiting)
-        for model, group in groups.items():
-            self._answer(model, group)
+        try:
+            for model, group in self._next_batch().items():
+                self._settle(model, group, partial(self._answer, model, group, self._ids(group)))
+        finally:
+            if self._waiting:
+                self._flush_planned = True
+                asyncio.get_running_loop().call_soon(self._flush)
 
-    def _answer(self, model: Model, group: list[_Waiting]) -> None:
-        """Run a model for some requests, log the predictions, then release the answers."""
+    async def _run_batches(self) -> None:
+        """Answer the requests that wait in a thread, batch after batch, until none is left."""
+        loop = asyncio.get_running_loop()
+        try:
+            while self._waiting:
+                for model, group in self._next_batch().items():
+                    answers = loop.run_in_executor(
+                        self._worker, self._answer, model, group, self._ids(group)
+                    )
+                    await asyncio.wait([answers])
+                    self._settle(model, group, answers.result)
+        finally:
+            self._flush_planned = False
+            self._batches = None
+
+    def _next_batch(self) -> dict[Model, list[_Waiting]]:
+        """Take the requests of one batch, by model."""
+        groups: dict[Model, list[_Waiting]] = {}
+        rows = 0
+        first: _Waiting | None = None
+        while self._waiting:
+            waiting = self._waiting[0]
+            codec = waiting.serving.champion.codec
+            if waiting.answered.done():  # the client went away
+                self._waiting_rows -= len(self._waiting.popleft().records)
+                continue
+            if first is not None and (
+                rows + len(waiting.records) > codec.batch_rows
+                or codec.threaded != first.model.codec.threaded  # two tasks, amid a swap
+            ):
+                break
+            first = first or waiting
+            rows += len(waiting.records)
+            groups.setdefault(waiting.model, []).append(self._waiting.popleft())
+        self._waiting_rows -= rows
+        return groups
+
+    def _ids(self, group: list[_Waiting]) -> list[str]:
+        return [self._new_id() for waiting in group for _ in waiting.records]
+
+    def _answer(self, model: Model, group: list[_Waiting], ids: list[str]) -> list[Answer]:
+        """Run a model for some requests and log the predictions. Maybe in a thread.
+
+        Raises:
+            ModelError: the model failed.
+            RequestError: the log did.
+        """
         records = [r for waiting in group for r in waiting.records]
         self.metrics.batch_rows.observe(len(records))
-        try:
-            output = model.run(records)
-        except ModelError as error:
-            self._failed(model, group, error)
-            return
-        ids = [self._new_id() for _ in records]
+        output, kept = model.run(records)
         answers = model.codec.answers(ids, output)
         at = now_us()
         rows = []
@@ -531,12 +602,22 @@ class Server:
                     answer.score,
                     record,
                 )
-                for answer, record in zip(answers[start:stop], waiting.records, strict=True)
+                for answer, record in zip(answers[start:stop], kept[start:stop], strict=True)
             ]
             start = stop
+        if self._append(model, model.schema, rows):
+            self.metrics.logged_predictions.inc(len(rows))
+        return answers
+
+    def _settle(
+        self, model: Model, group: list[_Waiting], result: Callable[[], list[Answer]]
+    ) -> None:
+        """Release the answers of some requests, or what there is in their place."""
         try:
-            if self._append(model, model.schema, rows):
-                self.metrics.logged_predictions.inc(len(rows))
+            answers = result()
+        except ModelError as error:
+            self._failed(model, group, error)
+            return
         except RequestError as error:
             for waiting in group:
                 _release(waiting, error)
@@ -553,15 +634,14 @@ class Server:
         self._send_to_shadow(group, answers)
 
     def _failed(self, model: Model, group: list[_Waiting], error: ModelError) -> None:
-        """The champion answers for a challenger that failed; nobody answers for a champion."""
+        """The champion answers for a challenger that failed, in the next batch; nobody answers for
+        a champion."""
         again = [w for w in group if w.role == "challenger"]
-        by_champion: dict[Model, list[_Waiting]] = {}
         for waiting in again:
             self._roll_back(waiting.serving, str(error))
             waiting.model, waiting.role = waiting.serving.champion, "champion"
-            by_champion.setdefault(waiting.model, []).append(waiting)
-        for champion, waiting_for in by_champion.items():
-            self._answer(champion, waiting_for)
+            self._waiting_rows += len(waiting.records)
+        self._waiting.extendleft(reversed(again))
         if not again:
             logger.error("%s: %s", self.model, error)
             for waiting in group:
@@ -615,10 +695,7 @@ class Server:
             start = stop
         if serving is None:
             return
-        if (
-            self._shadow_rows + len(rows)
-            > serving.champion.settings.max_batch_rows * WAITING_BATCHES
-        ):
+        if self._shadow_rows + len(rows) > _most_waiting(serving.champion.codec):
             self.metrics.shadow_dropped.inc(len(rows))
             return
         self._shadow_rows += len(rows)
@@ -631,7 +708,7 @@ class Server:
         """Predict and log without answering. In a thread."""
         model = serving.challenger
         assert model is not None
-        output = model.run([record for _, _, record in rows])
+        output, kept = model.run([record for _, _, record in rows], keep=False)
         answers = model.codec.answers([i for i, _, _ in rows], output)
         at = now_us()
         self.log.append(
@@ -640,7 +717,7 @@ class Server:
                 Prediction(
                     a.id, request_id, at, model.version, "shadow", a.prediction, a.score, record
                 )
-                for a, (_, request_id, record) in zip(answers, rows, strict=True)
+                for a, (_, request_id, _), record in zip(answers, rows, kept, strict=True)
             ],
         )
         self.metrics.predictions(model.version, "shadow", [a.score for a in answers])
@@ -721,6 +798,33 @@ class Mount:
             await send(message)
 
         return around
+
+
+def _most_waiting(codec: Codec) -> int:
+    """Rows that may wait."""
+    return max(codec.batch_rows * WAITING_BATCHES, WAITING_ROWS)
+
+
+async def _while_connected(
+    answer: Coroutine[Any, Any, tuple[Response, str]], receive: Receive
+) -> tuple[Response, str]:
+    """Wait for an answer that takes long, but no longer than its client does."""
+    working = asyncio.create_task(answer)
+    gone = asyncio.create_task(_disconnect(receive))
+    try:
+        await asyncio.wait([working, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise RequestError(499, "client_gone", "The client did not wait for the answer")
+        return working.result()
+    finally:
+        working.cancel()
+        gone.cancel()
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Return when the client has gone; after the body there is nothing else to receive."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def _release(waiting: _Waiting, answer: tuple[Model, bytes] | RequestError) -> None:

@@ -11,11 +11,11 @@ import pytest
 
 from components.common.promote import promote
 from components.common.record import record
-from components.image import IMAGE
-from components.tabular.assemble import assemble
-from components.tabular.fit import fit
-from components.tabular.judge import judge
-from components.tabular.prepare import prepare
+from components.image import image
+from components.training.assemble import assemble
+from components.training.fit import fit
+from components.training.judge import judge
+from components.training.prepare import prepare
 
 COMPONENTS = [prepare, fit, assemble, judge, promote, record]
 by_name = pytest.mark.parametrize("component", COMPONENTS, ids=lambda c: c.name)
@@ -39,8 +39,8 @@ def test_the_body_is_short_and_calls_the_library_only(component: Any) -> None:
 def test_nothing_is_installed_when_it_starts(component: Any) -> None:
     container = component.component_spec.implementation.container
     assert "pip install" not in " ".join(container.command)
-    assert container.image == IMAGE
-    assert "python" in IMAGE  # else KFP's local runner warns
+    assert container.image == image("tabular")  # the compiler puts the contract's in its place
+    assert "python" in container.image  # else KFP's local runner warns
 
 
 @by_name
@@ -51,3 +51,11 @@ def test_it_is_described(component: Any) -> None:
 @by_name
 def test_it_knows_its_run(component: Any) -> None:
     assert {"contract", "store", "run_id", "job_id"} <= set(component.component_spec.inputs)
+
+
+def test_only_the_image_for_images_holds_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DRIFTMILL_IMAGE", raising=False)
+    assert image("vision").startswith("driftmill/python-vision:")
+    assert image("tabular").startswith("driftmill/python-tabular:")
+    monkeypatch.setenv("DRIFTMILL_IMAGE", "registry/python@sha256:0")
+    assert {image("vision"), image("tabular")} == {"registry/python@sha256:0"}

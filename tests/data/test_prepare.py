@@ -93,7 +93,7 @@ def write_log(
 
 def accounted(info: prepare.DatasetInfo) -> bool:
     parts = (info.rows, info.quarantined, info.replaced_rows, info.held_out_rows, info.older_rows)
-    return info.read_rows == sum(parts)
+    return info.read_rows == sum(parts) + info.imageless_rows
 
 
 def test_history_becomes_training_and_test_rows(tmp_path: Path) -> None:

@@ -82,6 +82,25 @@ def test_only_alarms_are_alerts() -> None:
     assert both[0].fingerprint != both[1].fingerprint
 
 
+def test_what_has_changed_is_told_in_plain_words() -> None:
+    drifted = window(2)
+    (amount,) = drifted.columns
+    columns = tuple(
+        amount.model_copy(update={"name": name, "test": test, "effect": effect})
+        for name, test, effect in (
+            ("brightness", "ks", 0.2),
+            ("_prediction", "chi2", 0.3),
+            ("_score", "ks", 0.1),
+            ("embedding", "classifier", 0.62),
+        )
+    )
+    (alert,) = alerts.active("m", drifted.model_copy(update={"columns": columns}))
+    assert (
+        "embedding (classifier 0.62), answers (chi2 0.30), brightness (ks 0.20), "
+        "confidence (ks 0.10)" in alert.annotations["description"]
+    )
+
+
 def test_the_payload_is_alertmanagers() -> None:
     (alert,) = alerts.active("m", window(2))
     body = alerts.payload(alert, "firing", "http://monitor")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from driftmill.contract import Column, Monitor
+from driftmill.contract import Column, Image, Monitor
 from driftmill.features import Signature
 from driftmill.monitor import drift
 from tests.monitor.traffic import normal_frame
@@ -201,6 +201,95 @@ def test_the_answers_that_are_watched_fit_the_task() -> None:
     assert (last.column.name, last.column.type) == ("_prediction", "float")
 
 
+SPEC = Image(size=8, channels=1)
+SEEN = Signature(
+    task="image-classification",
+    columns=SPEC.statistics,
+    target="label",
+    labels=("a", "b", "c"),
+    image=SPEC,
+)
+
+
+def seen(rows: int, seed: int) -> pd.DataFrame:
+    """Rows of the log of a model of images; all images have one size."""
+    rng = np.random.default_rng(seed)
+    frame = stamped(pd.DataFrame({c.name: rng.random(rows) for c in SPEC.statistics}))
+    embeddings = rng.normal(size=(rows, 16)).astype("<f2")
+    return frame.assign(
+        width=28.0,
+        height=28.0,
+        aspect=1.0,
+        _prediction=rng.choice(["a", "b", "c"], rows),
+        _score=rng.random(rows),
+        _embedding=[row.tobytes() for row in embeddings],
+    )
+
+
+def judge_images(frame: pd.DataFrame, monitor: Monitor = MONITOR) -> drift.WindowResult:
+    reference = drift.compile_reference(SEEN, seen(1000, seed=1))
+    return drift.decide(reference, monitor, frame, index=0, version="v")
+
+
+def moved(frame: pd.DataFrame, by: float) -> pd.DataFrame:
+    """With other embeddings and all else as it was."""
+    values = np.stack([np.frombuffer(e, "<f2") for e in frame["_embedding"]])
+    return frame.assign(_embedding=[(row + np.float16(by)).tobytes() for row in values])
+
+
+def test_images_are_compared_by_statistics_answers_confidence_and_embedding() -> None:
+    result = judge_images(seen(500, seed=2))
+    names = [c.name for c in result.columns]
+    assert names == [c.name for c in SPEC.statistics] + ["_prediction", "_score", "embedding"]
+    assert not result.drifted
+    columns = {c.name: c for c in result.columns}
+    # Where all images have one size there is nothing to find, and nothing in the way.
+    assert (columns["width"].p_value, columns["width"].effect) == (1.0, 0.0)
+    assert (columns["embedding"].kind, columns["embedding"].test) == ("embedding", "classifier")
+    assert columns["_score"].kind == columns["_prediction"].kind == "prediction"
+    two = SEEN.model_copy(update={"labels": ("a", "b")})
+    watched = [p.column.name for p in drift.compile_reference(two, seen(100, seed=1))]
+    assert watched[-2:] == ["_score", "embedding"]
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        (lambda f: f.assign(width=32.0, aspect=32 / 28), ["width", "aspect"]),
+        (lambda f: f.assign(sharpness=f["sharpness"] / 2), ["sharpness"]),
+        (lambda f: f.assign(_score=f["_score"] / 2), ["_score"]),
+        (lambda f: f.assign(_prediction="a"), ["_prediction"]),
+        (lambda f: moved(f, 1), ["embedding"]),
+    ],
+)
+def test_a_change_of_images_is_named(change, names: list[str]) -> None:  # type: ignore[no-untyped-def]
+    result = judge_images(change(seen(500, seed=2)))
+    assert [c.name for c in result.columns if c.drifted] == names
+    assert result.features_drifted == sum(n in [c.name for c in SPEC.statistics] for n in names)
+
+
+def test_the_embedding_counts_like_a_column() -> None:
+    bad = moved(seen(500, seed=2), 1)
+    plain = judge_images(bad)
+    heavy = judge_images(bad, Monitor(min_rows=50, weights={"embedding": 3}))
+    columns = len(plain.columns)
+    assert heavy.score == pytest.approx(plain.score * 3 * columns / (columns + 2))
+    ignored = judge_images(bad, Monitor(min_rows=50, ignore=("embedding",)))
+    assert not ignored.drifted
+    assert ignored.columns[-1].reason == "ignored by the contract"
+
+
+def test_embeddings_that_are_missing_are_no_drift() -> None:
+    frame = seen(500, seed=2)
+    for broken in (frame.drop(columns="_embedding"), frame.assign(_embedding=b"damaged")):
+        column = judge_images(broken).columns[-1]
+        assert (column.missing, column.test, column.drifted) == (1.0, "none", False)
+        assert "0 valid embeddings in the window" in column.reason
+    half = frame.assign(_embedding=frame["_embedding"].where(frame.index % 2 == 0))
+    column = judge_images(half).columns[-1]
+    assert (column.missing, column.test, column.drifted) == (0.5, "classifier", False)
+
+
 @given(
     st.lists(st.integers(-50, 50), min_size=5, max_size=60),
     st.lists(st.integers(-50, 50), min_size=5, max_size=60),
@@ -322,3 +411,16 @@ def test_a_shift_of_a_fifth_of_a_deviation_is_seen(
     wrong = sum(c.drifted for w in found for c in w.columns[3:])
     right = sum(c.drifted for w in found for c in w.columns[:3])
     assert wrong <= 0.05 * right
+
+
+@pytest.mark.slow
+def test_windows_of_images_are_quiet() -> None:
+    """Without an effect floor, at most the part of the windows that the contract allows."""
+    rate, count = 0.05, 150
+    monitor = Monitor(false_alarm_rate=rate, effect=0)
+    alarms = 0
+    for i in range(count):
+        reference = drift.compile_reference(SEEN, seen(1000, seed=2 * i))
+        window = seen(500, seed=2 * i + 1)
+        alarms += drift.decide(reference, monitor, window, index=i, version="v").drifted
+    assert alarms <= stats.binom.ppf(0.999, count, rate)

@@ -20,6 +20,7 @@ from driftmill.monitor.windows import Monitor
 from driftmill.store import Store
 from tests.conftest import CONTRACT, tiny_frame
 from tests.monitor import traffic
+from tests.serving import pictures
 
 
 @pytest.fixture
@@ -115,3 +116,20 @@ def test_reports_of_windows(
     with pytest.raises(BundleError):
         again.tick()
     assert again.unreported == []
+
+
+@pytest.mark.slow
+def test_the_report_of_a_window_of_images_shows_them(store: Store, tmp_path: Path) -> None:
+    shades = pictures.shades(monitor={"window": 100, "min_rows": 50})
+    version = pictures.put_bundle(store, tmp_path, shades).version
+    rollout.change(store, "shades", champion=version, by="test")
+    frame = pictures.frame(shades, 100, seed=1, lighter=100)
+    traffic.answer(store, "shades", version, frame, tmp_path / "spool")
+    Monitor(shades, store).tick()
+    made = report.make(store, "shades", 0, 1000)
+    assert made.error == ""
+    assert made.scores["brightness"] > 0.5
+    assert made.scores["width"] == 0
+    assert "_embedding" not in made.scores
+    page = store.read(f"{windows.window_key('shades', 0)}/report.html").decode()
+    assert page.index("<body>") < page.index("Least like the reference") < page.index("<script>var")

@@ -16,8 +16,10 @@ from driftmill.monitor import windows
 from driftmill.monitor.drift import WindowResult
 from driftmill.monitor.windows import Cursor, Monitor
 from driftmill.store import Store
+from driftmill.vision import images
 from tests.conftest import CONTRACT, tiny_frame
 from tests.monitor import traffic
+from tests.serving import pictures
 
 START = datetime.now(UTC) - timedelta(hours=1)
 Make = Callable[..., Manifest]
@@ -334,3 +336,101 @@ def test_the_list_of_segments_read_stays_bounded() -> None:
     cursor.prune()
     today = f"{folder}/{datetime.now(UTC):%Y%m%d/%H%M%S}000000-w-4.parquet"
     assert cursor.new([ahead, today]) == [today]
+
+
+@pytest.fixture
+def shades() -> Contract:
+    """The contract of a tiny model of images, with windows of 100 rows."""
+    return pictures.shades(monitor={"window": 100, "min_rows": 50, "effect": 0.2})
+
+
+@pytest.fixture
+def show(store: Store, tmp_path: Path, shades: Contract) -> Callable[..., None]:
+    """Send images through a champion; each call is a second later than the one before."""
+    version = pictures.put_bundle(store, tmp_path, shades).version
+    rollout.change(store, "shades", champion=version, by="test")
+    calls = iter(range(1000))
+
+    def show(rows: int, lighter: int = 0) -> None:
+        i = next(calls)
+        frame = pictures.frame(shades, rows, seed=i + 1, lighter=lighter)
+        at = START + timedelta(seconds=i)
+        traffic.answer(store, "shades", version, frame, tmp_path / "spool", at=at)
+
+    return show
+
+
+def test_windows_of_images_keep_them(
+    shades: Contract, store: Store, show: Callable[..., None]
+) -> None:
+    monitor = Monitor(shades, store)
+    show(150)
+    show(150, lighter=150)
+    found = monitor.tick()
+    assert [w.drifted for w in found] == [False, True, True]
+    changed = {c.name for c in found[2].columns if c.drifted}
+    assert {"brightness", "_score", "embedding"} <= changed
+    for index in (0, 2):
+        rows = windows.rows(store, "shades", index)
+        assert len(rows) == 100
+        for content, level in zip(rows["_image"], rows["brightness"], strict=True):
+            pixels = images.from_png(content)
+            assert pixels.shape == (1, 8, 8)
+            assert pixels.mean() / 255 == pytest.approx(level, abs=1e-4)
+        assert {len(e) for e in rows["_embedding"]} == {4}
+
+
+def test_a_log_without_images_is_watched_all_the_same(
+    shades: Contract, store: Store, show: Callable[..., None]
+) -> None:
+    show(100, lighter=150)
+    (key,) = store.list("shades/log/predictions")
+    buffer = io.BytesIO()
+    pd.read_parquet(io.BytesIO(store.read(key))).assign(_image=None).to_parquet(buffer)
+    store.write(key, buffer.getvalue())
+    show(50)  # with images again: both in one window
+    show(50)
+    found = Monitor(shades, store).tick()
+    assert [w.drifted for w in found] == [True, False]
+    assert windows.rows(store, "shades", 0)["_image"].isna().all()
+
+
+@pytest.mark.parametrize("writes", range(1, 7))
+def test_killed_with_images_it_goes_on_with_them(
+    shades: Contract, store: Store, show: Callable[..., None], writes: int
+) -> None:
+    show(130)
+    show(130, lighter=150)
+    expected = Monitor(shades, store).tick()
+    kept = windows.rows(store, "shades", 1)
+    for key in store.list("shades/monitor"):
+        store.delete(key)
+    dying = Monitor(shades, Mortal(store.uri, writes, after=False))
+    with pytest.raises(Killed):
+        dying.tick()
+    monitor = Monitor(shades, store)
+    monitor.tick()
+    assert windows.results(store, "shades") == expected
+    pd.testing.assert_frame_equal(windows.rows(store, "shades", 1), kept)
+    assert monitor.lag_rows == 60
+    show(40)
+    assert len(monitor.tick()) == 1
+
+
+def test_images_are_read_in_batches_of_bytes(
+    shades: Contract,
+    store: Store,
+    show: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(windows, "BATCH_BYTES", 1)
+    for _ in range(5):
+        show(80)
+    monitor = Monitor(shades, store)
+    # However large its images are, a window is read whole.
+    assert [w.index for w in monitor.tick()] == [0]
+    assert monitor.behind
+    assert monitor.lag_rows == 60
+    while monitor.behind:
+        monitor.tick()
+    assert [w.index for w in windows.results(store, "shades")] == [0, 1, 2, 3]

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from driftmill import bundle
+from driftmill import bundle, features
 from driftmill.serving.log import Label, Log, Prediction, Role, Schema
 from driftmill.store import Store
+from driftmill.vision import images
 
 
 def answer(
@@ -31,13 +32,23 @@ def answer(
     """
     loaded = bundle.fetch(store, model, version)
     signature = loaded.signature
-    given = bundle.answers(loaded.predict(frame), signature)
+    arrays = features.arrays(frame, signature)
+    if signature.image is None:
+        output, embedding = loaded.session.run(*arrays), None
+    else:
+        output, embedding = loaded.session.embed(*arrays)
+    given = bundle.answers(output, signature)
     end = at or datetime.now(UTC)
     names = [c.name for c in signature.columns]
     records: list[dict[str, Any]] = [
         {str(k): None if pd.isna(v) else v for k, v in row.items()}
         for row in frame[names].to_dict("records")
     ]
+    if embedding is not None:
+        for record, pixels, row in zip(records, arrays[0], embedding, strict=True):
+            # Bytes are written as base64.
+            record[features.IMAGE] = images.to_png(pixels)
+            record[features.EMBEDDING] = row.astype("<f2").tobytes()
     ids = [uuid.uuid4().hex for _ in records]
     rows = [
         Prediction(

@@ -1,4 +1,4 @@
-"""A contract that trains in a moment."""
+"""Contracts that train in a moment."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from pathlib import Path
 import yaml
 
 from tests.conftest import CONTRACT, tiny_frame
+
+IMAGES = """
+apiVersion: driftmill/v1
+model: small-digits
+task: image-classification
+data:
+  source: sklearn:digits
+  target: {name: label, labels: ["0", "1", "2", "3", "4", "5", "6", "7", "8", "9"]}
+  image: {size: 8, channels: 1}
+train:
+  candidates: [mlp]
+  rows: 400
+  vision: {epochs: 2, batch: 64, diagnostics: false}
+gates: {min_test_rows: 50, resamples: 200, max_latency_ms: null}
+tracking: none
+"""
 
 
 def write_contract(folder: Path, rows: int = 600, spoiled: int = 0) -> Path:

@@ -11,6 +11,13 @@ import yaml
 
 from driftmill.contract import Contract, load, parse
 from pipelines import compile as compiler
+from tests.pipelines.contracts import IMAGES
+
+
+@pytest.fixture
+def images() -> Contract:
+    return parse(IMAGES)
+
 
 EXAMPLES = sorted(Path("examples").glob("*/contract.yaml"))
 PLACED = {
@@ -21,6 +28,7 @@ PLACED = {
     "tolerations": [{"key": "gpu"}],
     "spot": True,
 }
+SPOT = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
 
 def compiled(contract: Contract, folder: Path, **options: Any) -> list[dict[str, Any]]:
@@ -29,10 +37,19 @@ def compiled(contract: Contract, folder: Path, **options: Any) -> list[dict[str,
     return list(yaml.safe_load_all(path.read_text()))
 
 
-def placed(contract: Contract) -> Contract:
+def placed(contract: Contract, **resources: Any) -> Contract:
     values = json.loads(contract.to_json())
-    values["train"]["resources"] = PLACED
+    values["train"]["resources"] = resources or PLACED
     return Contract.model_validate(values)
+
+
+def fit_settings(contract: Contract, folder: Path) -> dict[str, Any]:
+    """What the platform spec says of the pods of the fit steps; of others it says nothing."""
+    _, platform = compiled(contract, folder)
+    settings = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(settings) == {"exec-fit"}
+    fit: dict[str, Any] = settings["exec-fit"]
+    return fit
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.parent.name)
@@ -72,7 +89,7 @@ def test_families_are_the_contracts(tiny: Contract, tmp_path: Path) -> None:
 
 
 def test_training_goes_where_the_contract_says(tiny: Contract, tmp_path: Path) -> None:
-    spec, platform = compiled(placed(tiny), tmp_path)
+    spec, _ = compiled(placed(tiny), tmp_path)
     executors = spec["deploymentSpec"]["executors"]
     resources = {name: e["container"]["resources"] for name, e in executors.items()}
     fit = resources["exec-fit"]
@@ -80,12 +97,60 @@ def test_training_goes_where_the_contract_says(tiny: Contract, tmp_path: Path) -
     assert (fit["resourceCpuRequest"], fit["resourceMemoryLimit"]) == ("2", "4Gi")
     assert "accelerator" not in resources["exec-judge"]
     assert resources["exec-promote"]["resourceCpuRequest"] == "100m"
-    (kubernetes,) = platform["platforms"].values()
-    settings = kubernetes["deploymentSpec"]["executors"]
-    assert set(settings) == {"exec-fit"}
-    assert settings["exec-fit"]["nodeSelector"] == {"labels": {"pool": "train"}}
-    keys = [t["key"] for t in settings["exec-fit"]["tolerations"]]
-    assert keys == ["gpu", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority"]
+    settings = fit_settings(placed(tiny), tmp_path)
+    assert settings["nodeSelector"] == {"labels": {"pool": "train"}}
+    keys = [t["key"] for t in settings["tolerations"]]
+    assert keys == ["gpu", "nvidia.com/gpu", *SPOT]
+
+
+def test_a_gpu_brings_its_toleration_and_shared_memory(images: Contract, tmp_path: Path) -> None:
+    settings = fit_settings(placed(images, gpu=1, shared_memory="8Gi"), tmp_path)
+    tolerated = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    assert settings["tolerations"] == [tolerated]
+    (volume,) = settings["emptyDirMounts"]
+    assert (volume["mountPath"], volume["medium"]) == ("/dev/shm", "Memory")
+    assert volume["sizeLimit"] == "8Gi"
+    assert "nodeAffinity" not in settings
+
+
+def test_a_toleration_of_the_contract_takes_the_place_of_the_usual_one(
+    images: Contract, tmp_path: Path
+) -> None:
+    own = {"key": "nvidia.com/gpu", "operator": "Equal", "value": "team-a", "effect": "NoExecute"}
+    assert fit_settings(placed(images, gpu=1, tolerations=[own]), tmp_path)["tolerations"] == [own]
+
+
+def test_only_the_gpus_that_will_do(images: Contract, tmp_path: Path) -> None:
+    products = ["NVIDIA-H100-80GB-HBM3", "NVIDIA-A100-SXM4-80GB"]
+    settings = fit_settings(placed(images, gpu=1, gpu_products=products), tmp_path)
+    (affinity,) = settings["nodeAffinity"]
+    assert affinity == {
+        "matchExpressions": [
+            {"key": "nvidia.com/gpu.product", "operator": "In", "values": products}
+        ]
+    }
+
+
+def test_without_a_gpu_nothing_is_said_of_gpus(images: Contract, tmp_path: Path) -> None:
+    asked = placed(images, gpu_products=["NVIDIA-L4"], shared_memory="8Gi", spot=True)
+    settings = fit_settings(asked, tmp_path)
+    assert set(settings) == {"tolerations"}
+    assert [t["key"] for t in settings["tolerations"]] == list(SPOT)
+    assert len(compiled(images, tmp_path)) == 1
+
+
+def test_the_image_goes_by_the_task(
+    tiny: Contract, images: Contract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def used(contract: Contract) -> set[str]:
+        executors = compiled(contract, tmp_path)[0]["deploymentSpec"]["executors"]
+        return {e["container"]["image"].partition(":")[0] for e in executors.values()}
+
+    monkeypatch.delenv("DRIFTMILL_IMAGE", raising=False)
+    assert used(tiny) == {"driftmill/python-tabular"}
+    assert used(images) == {"driftmill/python-vision"}
+    monkeypatch.setenv("DRIFTMILL_IMAGE", "registry/python:1")
+    assert used(images) == {"registry/python"}
 
 
 def test_every_step_is_retried_and_none_is_cached(tiny: Contract, tmp_path: Path) -> None:

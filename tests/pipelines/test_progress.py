@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 
@@ -73,12 +74,34 @@ def test_a_line_for_each_step_that_ended(capsys: pytest.CaptureFixture[str]) -> 
     assert judge.endswith("failed: no memory")
 
 
+def epoch(done: int, total: int) -> dict[str, Any]:
+    """What `runs.progress` prints."""
+    event = {"event": "progress", "step": "fit", "family": "mlp", "done": done, "total": total}
+    return {**event, "detail": "validation accuracy 0.91"}
+
+
+@pytest.mark.parametrize(("total", "lines"), [(1, 1), (4, 4), (10, 10), (11, 10), (300, 10)])
+def test_a_long_step_says_how_far_it_is_ten_times_at_most(
+    capsys: pytest.CaptureFixture[str], total: int, lines: int
+) -> None:
+    shown = progress.Lines(progress.Clock({}))
+    for done in range(1, total + 1):
+        shown.event(epoch(done, total))
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == lines
+    assert printed[-1].strip() == f"fit mlp {total}/{total}, validation accuracy 0.91"
+
+
 def test_the_bar_keeps_the_lines_of_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     with progress.bar(progress.clock([outcome("promoted", prepare=2, judge=8)])) as bar:
         bar.event({"event": "step", "step": "prepare", "state": "start"})
-        assert bar.running == ["prepare"]
+        assert list(bar.running) == ["prepare"]
         bar.event({"event": "step", "step": "prepare", "state": "done"})
-        assert bar.running == []
+        bar.event({"event": "step", "step": "fit", "family": "mlp", "state": "start"})
+        bar.event(epoch(3, 10))
+        assert bar.running == {"fit mlp": "fit mlp 3/10, validation accuracy 0.91"}
+        bar.event({"event": "step", "step": "fit", "family": "mlp", "state": "done"})
+        assert bar.running == {}
         bar.line("[not] markup")
     assert "prepare" in (printed := capsys.readouterr().out)
     assert "[not] markup" in printed

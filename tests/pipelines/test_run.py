@@ -16,7 +16,7 @@ import pytest
 from driftmill import rollout, runs
 from driftmill.home import Home, find
 from tests.conftest import CONTRACT
-from tests.pipelines.contracts import write_contract
+from tests.pipelines.contracts import IMAGES, write_contract
 
 
 @pytest.fixture
@@ -164,3 +164,30 @@ def test_an_interrupted_run_leaves_no_process(
     assert outcome is not None
     assert (outcome.state, outcome.reason) == ("failed", "interrupted")
     assert not list((home.folder / "pipeline-root").iterdir())
+
+
+@pytest.mark.slow
+def test_a_network_that_was_killed_goes_on_from_its_checkpoint(home: Home, tmp_path: Path) -> None:
+    contract = tmp_path / "contract.yaml"
+    contract.write_text(IMAGES.replace("epochs: 2", "epochs: 60"))
+
+    def epochs(process: subprocess.Popen[str]) -> Iterator[int]:
+        assert process.stdout is not None
+        for line in process.stdout:
+            event = json.loads(line)
+            if event["event"] == "progress":
+                assert (event["step"], event["family"], event["total"]) == ("fit", "mlp", 60)
+                yield event["done"]
+
+    arguments = command(contract, "--events")
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert 5 in epochs(process)
+        started = list(processes_of(home))
+        process.kill()
+    psutil.wait_procs(started, timeout=30)
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        seen = list(epochs(process))
+    assert process.returncode == 0
+    assert seen[0] > 3  # the checkpoint of the last epoch may not have been whole
+    assert seen == list(range(seen[0], 61))
+    assert home.store.list("small-digits/checkpoints") == []

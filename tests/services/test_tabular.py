@@ -31,7 +31,7 @@ MakeBundle = Callable[..., Manifest]
 
 @contextmanager
 def service(
-    store: Store, tmp_path: Path, command: list[str] | None = None, **environment: str
+    store: Store, tmp_path: Path, command: list[str] | None = None, model: str = "tiny"
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """A service process that is ready, and its URL; ended at the latest when the test is."""
     with socket.socket() as probe:
@@ -49,10 +49,9 @@ def service(
             | {
                 "DRIFTMILL_HOME": str(tmp_path),
                 "DRIFTMILL_STORE": store.uri,
-                "DRIFTMILL_MODEL": "tiny",
+                "DRIFTMILL_MODEL": model,
                 "BENTOML_HOME": str(tmp_path / "bentoml"),
-            }
-            | environment,
+            },
         )
     url = f"http://127.0.0.1:{port}"
     try:
@@ -80,11 +79,12 @@ def service(
 class Traffic:
     """Clients that send until they are stopped, or until the service is gone."""
 
-    def __init__(self, url: str, clients: int = 4) -> None:
+    def __init__(self, url: str, record: dict[str, Any] = RECORD, clients: int = 4) -> None:
         self.answers: list[dict[str, Any]] = []
         self.failures: list[str] = []
         self.cut = 0
         self._url = url
+        self._record = record
         self._stop = threading.Event()
         self._threads = [threading.Thread(target=self._send) for _ in range(clients)]
 
@@ -102,7 +102,7 @@ class Traffic:
         with httpx.Client(base_url=self._url) as client:
             while not self._stop.is_set():
                 try:
-                    response = client.post("/predict", json={"records": [RECORD, RECORD]})
+                    response = client.post("/predict", json={"records": [self._record] * 2})
                 except httpx.TransportError:
                     self.cut += 1
                     return
@@ -262,11 +262,9 @@ def test_bentoml_serve(store: Store, make_bundle: MakeBundle, tmp_path: Path) ->
     assert len(logged(store)) == 2
 
 
-@pytest.mark.slow
-def test_bentoml_build(store: Store, make_bundle: MakeBundle, tmp_path: Path) -> None:
+def build_bento(tmp_path: Path, file: str) -> None:
+    """What `bentoml build` makes of a copy of the sources."""
     pytest.importorskip("setuptools", minversion="77")
-    manifest = make_bundle()
-    promote(store, manifest)
     source = tmp_path / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -276,10 +274,17 @@ def test_bentoml_build(store: Store, make_bundle: MakeBundle, tmp_path: Path) ->
     (source / "dist").mkdir()
     environment = os.environ | {"BENTOML_HOME": str(tmp_path / "bentoml")}
     wheel = "from setuptools import build_meta; build_meta.build_wheel('dist')"
-    build = [bentoml_command(), "build", "-f", "services/bentofile.yaml", "."]
+    build = [bentoml_command(), "build", "-f", file, "."]
     for command in ([sys.executable, "-c", wheel], build):
         done = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_bentoml_build(store: Store, make_bundle: MakeBundle, tmp_path: Path) -> None:
+    manifest = make_bundle()
+    promote(store, manifest)
+    build_bento(tmp_path, "services/bentofile.yaml")
     serve = [bentoml_command(), "serve", "driftmill-tabular:latest", "--host", "127.0.0.1"]
     with service(store, tmp_path, [*serve, "--port"]) as (_, url):
         answer = httpx.post(f"{url}/predict", json={"records": [RECORD]}).json()
@@ -287,7 +292,7 @@ def test_bentoml_build(store: Store, make_bundle: MakeBundle, tmp_path: Path) ->
 
 
 def test_a_service_without_a_model_says_what_to_set() -> None:
-    code = "from services.tabular import server; server()"
+    code = "from services.bento import server; server()"
     environment = {k: v for k, v in os.environ.items() if k != "DRIFTMILL_MODEL"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
@@ -298,8 +303,9 @@ def test_a_service_without_a_model_says_what_to_set() -> None:
 
 def test_the_serving_path_needs_neither_pandas_nor_scikit_learn() -> None:
     code = (
-        "import sys, services.tabular, driftmill.serving.server as s; "
-        "print(sorted({'pandas', 'sklearn', 'kfp', 'mlflow', 'evidently'} & set(sys.modules)))"
+        "import sys, services.tabular\n"
+        "heavy = {'pandas', 'sklearn', 'torch', 'PIL', 'kfp', 'mlflow', 'evidently'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from driftmill import bundle, contract, features
 from driftmill.features import Signature
-from driftmill.serving.codec import Codec, RequestError
+from driftmill.serving.codec import RequestError, TableCodec
 
 WIDE = contract.parse(
     """
@@ -37,11 +37,11 @@ tracking: none
 GOOD: dict[str, Any] = {"an amount": 1.5, "paid": True, "strict": "red"}
 
 
-def codec(of: contract.Contract = WIDE) -> Codec:
+def codec(of: contract.Contract = WIDE) -> TableCodec:
     sign = Signature(
         task=of.task, columns=of.data.columns, target="label", labels=of.data.target.labels
     )
-    return Codec(sign, of)
+    return TableCodec(sign, of)
 
 
 def body(*records: object) -> bytes:
@@ -185,7 +185,7 @@ def test_answers_agree_with_the_bundle(values: list[list[float]], labels: int) -
     output = np.array(values, np.float32)[:, :labels]
     names = ("a", "b", "c")[:labels]
     sign = Signature(task="classification", columns=WIDE.data.columns, target="t", labels=names)
-    answers = Codec(sign, WIDE).answers(["id"] * len(output), output)
+    answers = TableCodec(sign, WIDE).answers(["id"] * len(output), output)
     expected = bundle.answers(output, sign)
     assert [a.prediction for a in answers] == expected[bundle.PREDICTION].tolist()
     assert [a.score for a in answers] == expected[bundle.SCORE].tolist()

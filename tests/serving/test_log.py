@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from driftmill import contract
 from driftmill.features import Signature
+from driftmill.serving import log as log_module
 from driftmill.serving.log import (
     Label,
     Log,
@@ -298,3 +299,42 @@ def test_the_lock_is_what_tells_dead_from_living(store: Store, tmp_path: Path) -
     with path.open() as file, pytest.raises(BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     log.close()
+
+
+@given(st.lists(st.tuples(st.none() | st.binary(max_size=40), st.binary(max_size=40)), max_size=20))
+def test_bytes_come_back_and_can_be_left_out(
+    rows: list[tuple[bytes | None, bytes]],
+) -> None:
+    schema = Schema("predictions", "image-classification", binary=("_image", "_embedding"))
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "store")
+        log = Log(Path(folder) / "spool", store, "tiny")
+        log.append(
+            schema,
+            [
+                Prediction(
+                    f"p{i}", "r", i, "v", "champion", "a", 0.5, {"_image": a, "_embedding": b}
+                )
+                for i, (a, b) in enumerate(rows)
+            ],
+        )
+        log.close()
+        keys = segments(store, "tiny", "predictions")
+        whole, light = read(store, keys), read(store, keys, without=["_image", "_embedding"])
+    if rows:
+        assert list(zip(whole["_image"], whole["_embedding"], strict=True)) == rows
+        assert list(light.columns) == list(whole.columns[:-2])
+
+
+def test_a_spool_file_rotates_by_size(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log_module, "ROTATE_BYTES", 2000)
+    log = Log(tmp_path / "spool", store, "tiny", rotate=3600)
+    for i in range(40):
+        log.append(PREDICTIONS, [row(i)])
+    files = spool_files(tmp_path / "spool")
+    assert len(files) > 1
+    assert max(file.stat().st_size for file in files) < 2500
+    log.close()
+    assert sorted(ids(store)) == sorted(f"p{i}" for i in range(40))

@@ -51,9 +51,9 @@ async def not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 @asynccontextmanager
 async def running(
-    store: Store, folder: Path, loaded: bool = True
+    store: Store, folder: Path, loaded: bool = True, model: str = "tiny"
 ) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
-    server = Server(store, "tiny", folder / "spool")
+    server = Server(store, model, folder / "spool")
     app: Any = Mount(not_found, lambda: server)
     await server.start()
     try:

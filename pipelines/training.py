@@ -1,6 +1,7 @@
-"""The pipeline for tables: prepare, fit each family, assemble, judge, promote; record at the end.
+"""The pipeline: prepare, fit each family, assemble, judge, promote; record at the end.
 
-One function builds it for the local runner and for a cluster, so that both run the same graph.
+One function builds it for tables and images, for the local runner and for a cluster: all run the
+same graph. What a step does for which kind of contract is decided in `driftmill.steps`.
 """
 
 # No `annotations` from `__future__` here: KFP reads the types of the pipeline's parameters.
@@ -12,10 +13,10 @@ from kfp import dsl
 
 from components.common.promote import promote
 from components.common.record import record
-from components.tabular.assemble import assemble
-from components.tabular.fit import fit
-from components.tabular.judge import judge
-from components.tabular.prepare import prepare
+from components.training.assemble import assemble
+from components.training.fit import fit
+from components.training.judge import judge
+from components.training.prepare import prepare
 from driftmill.contract import Contract
 
 #: What a step needs: little; memory for the data; or all that training may use.

@@ -1,0 +1,1 @@
+"""Components that lead from the data to a judged model."""
