@@ -15,6 +15,7 @@ BENCHMARKS = {
     "train_time": "seconds to search and fit each family",
     "vision_drift": "how soon the monitor notices what happens to images",
     "vision_serving": "images a second, beside BentoML with torch and FastAPI with ONNX Runtime",
+    "vision_train": "seconds and accuracy of a network, over seeds",
     "demo": "the demo's timeline and the memory of its processes",
 }
 

@@ -137,7 +137,8 @@ class Bundle:
             output = np.concatenate([empty, *parts])
             output.flags.writeable = False
             self._last[:] = [frame, output]
-        return output
+        result: np.ndarray = output
+        return result
 
     @cached_property
     def _last(self) -> list[Any]:

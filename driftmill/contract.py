@@ -697,7 +697,7 @@ class Serve(Section):
     max_records: int = Field(1000, ge=1)
     """Most records in one request."""
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
-    """Largest request body; beyond it 413."""
+    """Largest request body; beyond it 413. For images the default is 32 MiB (33554432)."""
     poll: Seconds = 1.0
     """How often the rollout is read."""
     canary: Canary = Canary()
@@ -837,6 +837,11 @@ class Contract(Section):
         """Whether the model's input is an image."""
         return self.task == "image-classification"
 
+    def _fill_in(self, section: str, **values: object) -> None:
+        """Set defaults that depend on the task; to everybody else the contract is frozen."""
+        filled = getattr(self, section).model_copy(update=values)
+        object.__setattr__(self, section, filled)
+
     @model_validator(mode="after")
     def _for_task(self) -> Contract:
         """Families and image as the task needs them."""
@@ -849,8 +854,9 @@ class Contract(Section):
         fitting: tuple[str, ...] = get_args(VisionFamily if self.is_vision else TabularFamily)
         if not self.train.candidates:
             chosen = ("small-cnn",) if self.is_vision else fitting
-            # Filled in as a default would be; the model is frozen for everybody else.
-            object.__setattr__(self, "train", self.train.model_copy(update={"candidates": chosen}))
+            self._fill_in("train", candidates=chosen)
+        if self.is_vision and "max_body_bytes" not in self.serve.model_fields_set:
+            self._fill_in("serve", max_body_bytes=32 * 1024 * 1024)
         for family in self.train.candidates:
             if family not in fitting:
                 raise ValueError(

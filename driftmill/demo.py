@@ -71,7 +71,7 @@ class Settings:
 SETTINGS = {
     "payments": Settings(rate=200, label_delay=1.0, rows_after=2000, block=500),
     "bike-sharing": Settings(rate=150, label_delay=2.0, rows_after=None, block=336),
-    "digits": Settings(rate=25, label_delay=1.0, rows_after=None, block=100),
+    "digits": Settings(rate=20, label_delay=1.0, rows_after=None, block=100),
     "fashion-mnist": Settings(rate=150, label_delay=1.0, rows_after=1500, block=500),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from hypothesis import strategies as st
 from driftmill import bundle, features
 from driftmill.bundle import BundleError, Manifest
 from driftmill.contract import Contract
+from driftmill.features import EMBEDDING, IMAGE
 from driftmill.store import Store, sha256
+from driftmill.vision import images
 from tests.conftest import logistic_onnx, tiny_frame
+from tests.evaluate import pictures
 
 Make = Callable[..., Manifest]
 
@@ -321,3 +325,84 @@ def test_a_version_comes_through_any_store(store: Store, make_bundle: Make, tmp_
     loaded = bundle.fetch(remote, "tiny", version, cache=tmp_path / "cache")
     assert loaded.version == version
     assert loaded.folder.is_relative_to(tmp_path / "cache")
+
+
+@pytest.fixture(scope="module")
+def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A valid bundle of a model of images."""
+    of, folder = pictures.make_contract(), tmp_path_factory.mktemp("pictures") / "new"
+    return pictures.make_bundle(folder, of, pictures.network(of, "mlp")).folder
+
+
+def test_a_bundle_of_images_predicts_in_parts(pictures_folder: Path) -> None:
+    loaded = bundle.load(pictures_folder, "pictures")
+    table = pictures.frame(loaded.manifest.contract, bundle.BATCH_IMAGES + 10, seed=5)
+    output = loaded.predict(table)
+    whole = loaded.session.run(*features.arrays(table, loaded.signature))
+    assert output == pytest.approx(whole, abs=1e-5)
+    assert loaded.predict(table) is output  # it is not computed twice
+    assert not output.flags.writeable
+    assert loaded.predict(table.head(3)) == pytest.approx(whole[:3], abs=1e-5)
+    assert loaded.predict(table.head(0)).shape == (0, 3)
+
+
+def test_the_reference_of_images_keeps_embeddings_and_some_images(
+    tmp_path: Path, pictures_folder: Path
+) -> None:
+    loaded = bundle.load(pictures_folder)
+    of = loaded.manifest.contract
+    table = pictures.frame(of, bundle.REFERENCE_IMAGES + 50, seed=6)
+    bundle.write(
+        tmp_path / "bundle",
+        contract=of,
+        signature=loaded.signature,
+        model=pictures_folder / "model.onnx",
+        reference=table,
+        examples=table.head(4),
+        family="mlp",
+        params={},
+        data={},
+    )
+    written = bundle.load(tmp_path / "bundle")
+    assert written.training is None
+    reference = written.reference
+    kept = reference[IMAGE].dropna()
+    assert len(kept) == bundle.REFERENCE_IMAGES
+    for row in (kept.index[0], kept.index[-1]):
+        assert (images.from_png(kept[row]) == table[IMAGE][row]).all()
+    _, embeddings = written.session.embed(*features.arrays(table, written.signature))
+    found = np.stack([np.frombuffer(row, "<f2") for row in reference[EMBEDDING]])
+    assert found == pytest.approx(embeddings, rel=1e-2, abs=1e-3)
+
+
+def test_how_a_network_learnt_comes_along(pictures_folder: Path) -> None:
+    loaded = bundle.load(pictures_folder)
+    assert loaded.training == pictures.TRAINING
+    assert set(loaded.manifest.files) >= {"training.json", "weights.safetensors"}
+
+
+def test_a_table_has_no_training(folder: Path) -> None:
+    assert bundle.load(folder).training is None
+    assert bundle.read_manifest(folder).precision == "float32"
+
+
+@pytest.mark.parametrize(
+    ("served", "most"), [(None, 1e-4), ("float32", 1e-4), ("float16", 1e-2), ("int8", 5e-2)]
+)
+def test_examples_may_differ_by_what_the_precision_brings(
+    pictures_folder: Path, tmp_path: Path, served: str | None, most: float
+) -> None:
+    for part, fits in ((0.5, True), (3.0, False)):
+        folder = tmp_path / f"{part}"
+        shutil.copytree(pictures_folder, folder)
+        path = folder / "examples.json"
+        replay = json.loads(path.read_text())
+        replay["output"][1][0] += part * most
+        path.write_text(json.dumps(replay))
+        data = {"precision": {"served": served}} if served else {}
+        rewrite(folder, lambda values, data=data: values.update(data=data))  # type: ignore[misc]
+        if fits:
+            assert bundle.load(folder).manifest.precision == (served or "float32")
+        else:
+            with pytest.raises(BundleError, match="does not answer its examples"):
+                bundle.load(folder)

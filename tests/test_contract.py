@@ -165,6 +165,8 @@ def test_an_image_contract_has_the_statistics_as_its_columns() -> None:
     assert grey.data.image is not None
     assert grey.data.image.size == (8, 16)
     assert (read.metric.name, read.train.candidates) == ("accuracy", ("small-cnn",))
+    assert read.serve.max_body_bytes == 32 * 2**20
+    assert contract.parse(f"{IMAGES}serve: {{max_body_bytes: 4096}}\n").serve.max_body_bytes == 4096
     assert contract.parse(read.to_json()) == read
 
 

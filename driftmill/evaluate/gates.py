@@ -341,6 +341,12 @@ def _cannot_score(contract: Contract, champion: Bundle, test: pd.DataFrame) -> s
     sign = champion.signature
     if (sign.task, sign.target) != (contract.task, contract.data.target.name):
         return f"it predicts {sign.target!r} ({sign.task})"
+    seen, asked = (
+        None if image is None else (image.channels, *image.size)
+        for image in (sign.image, contract.data.image)
+    )
+    if seen != asked:
+        return f"it sees images of {seen} channels, height and width, not of {asked}"
     kinds = {c.name: c.is_numeric for c in contract.data.columns}
     for column in sign.columns:
         if column.name not in kinds:

@@ -237,6 +237,16 @@ def _svg(figure: Figure) -> Markup:
     return Markup(text)  # noqa: S704
 
 
+def _logarithmic(axes: Axes) -> None:
+    """Powers of ten along the x axis, as plain numbers: formulas are switched off."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", size=0)
+
+
 def _gain(contract: Contract, verdict: Verdict) -> _Plot:
     """The difference with its interval, and the margin that it must clear."""
     found, margin = verdict.comparison, contract.gates.margin
@@ -482,26 +492,29 @@ def _by_label(
     labels: Sequence[str],
     verdict: Verdict,
 ) -> _Plot:
-    """Bars of the part of each label's rows that both models get right, the challenger's worst
-    label on top."""
+    """Bars of the part of each label's rows that a model gets right, the challenger's worst label
+    on top. A dummy, which gives all rows the same label, has none."""
     present = np.unique(y)
+    models = [("challenger", output, _CHALLENGER)]
+    if verdict.against != DUMMY:
+        models.append(("champion", rival, _RIVAL))
     right = {
-        name: {k: float((answer.argmax(axis=1)[y == k] == k).mean()) for k in present}
-        for name, answer in (("challenger", output), ("rival", rival))
+        name: [float((answer.argmax(axis=1)[y == k] == k).mean()) for k in present]
+        for name, answer, _ in models
     }
-    shown = sorted(present, key=lambda k: right["challenger"][k])[:_BARS][::-1]
-    places = np.arange(len(shown))
+    shown = np.argsort(right["challenger"], kind="stable")[:_BARS]
+    places, height = np.arange(len(shown))[::-1], 0.72 / len(models)
     with _figure("labels", 9.6, 0.9 + 0.36 * max(len(shown), 2)) as (figure, axes):
-        for shift, name, key, colour in (
-            (0.2, "challenger", "challenger", _CHALLENGER),
-            (-0.2, "dummy" if verdict.against == DUMMY else "champion", "rival", _RIVAL),
-        ):
-            values = [right[key][k] for k in shown]
-            axes.barh(places + shift, values, height=0.36, color=colour, label=name)
-        axes.set_yticks(places, [_short(f"{labels[k]} ({(y == k).sum()})", 32) for k in shown])
+        for i, (name, _, colour) in enumerate(models):
+            middle = places + (len(models) - 1 - 2 * i) * height / 2
+            values = [right[name][k] for k in shown]
+            axes.barh(middle, values, height=height, color=colour, label=name)
+        names = [_short(f"{labels[k]} ({(y == k).sum()})", 32) for k in present[shown]]
+        axes.set_yticks(places, names)
         axes.grid(axis="y", visible=False)
         axes.set(xlabel="part of the label's test rows with the right answer", xlim=(0, 1.01))
-        figure.legend(loc="outside upper right", ncols=2)
+        if len(models) > 1:
+            figure.legend(loc="outside upper right", ncols=2)
         more = f" The {_BARS} worst of {len(present)}." if len(present) > _BARS else ""
         return _Plot(
             "Accuracy by label",
@@ -553,7 +566,8 @@ def _overlaid(wrong: WrongAnswer) -> np.ndarray:
     seen = np.asarray(large)[..., None].clip(0, 1)
     colour = colormaps["turbo"](seen[..., 0])[..., :3] * 255
     grey = shot.mean(axis=2, keepdims=True)
-    return (grey + (colour - grey) * (0.15 + 0.5 * seen)).astype(np.uint8)
+    mixed: np.ndarray = grey + (colour - grey) * (0.15 + 0.5 * seen)
+    return mixed.astype(np.uint8)
 
 
 def _png(shot: np.ndarray) -> str:
@@ -614,7 +628,8 @@ def _diagnostics(found: dict[str, Any]) -> Iterator[_Plot]:
         axes.plot(test["rates"], [np.nan if v is None else v for v in test["losses"]], color=_RIVAL)
         axes.axvline(test["used"], color=_CHALLENGER, linewidth=1.4, label="used")
         axes.axvline(test["recommended"], color=_MUTED, linestyle="--", label="steepest")
-        axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+        axes.set(xlabel="learning rate", ylabel="loss")
+        _logarithmic(axes)
         axes.legend(loc="best")
         yield _Plot(
             "Learning-rate test",
@@ -634,7 +649,8 @@ def _diagnostics(found: dict[str, Any]) -> Iterator[_Plot]:
         axes.set_yticks(
             places, [_short(layer["layer"].removeprefix("body."), 44) for layer in shown]
         )
-        axes.set(xscale="log", xlabel="norm of the gradient")
+        axes.set(xlabel="norm of the gradient")
+        _logarithmic(axes)
         figure.legend(loc="outside upper right", ncols=2)
         some = f" {len(shown)} of {len(layers)} layers." if step > 1 else ""
         yield _Plot(

@@ -31,7 +31,8 @@ def load(weights: Path, family: str, image: Image, labels: int) -> Net:
         net.load_state_dict(load_file(weights))
     except (OSError, SafetensorError, RuntimeError) as error:
         raise NetError(f"{weights.name} does not hold a {family}: {error}") from None
-    return net.eval()
+    net.eval()
+    return net
 
 
 def maps(net: Net, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -66,4 +67,5 @@ def maps(net: Net, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
         found, size=net.image.size, mode="bilinear", align_corners=False
     )[:, 0]
     most = found.amax(dim=(1, 2), keepdim=True)
-    return (found / most.clamp(min=1e-12)).numpy().astype(np.float32)
+    scaled: np.ndarray = (found / most.clamp(min=1e-12)).numpy()
+    return scaled

@@ -154,7 +154,7 @@ def to_int8(model: Path, images: np.ndarray, out: Path) -> None:
 _INT8 = ["Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "GlobalAveragePool"]
 
 
-class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # it has no types
+class _Calibration(CalibrationDataReader):
     """Images in batches, as the calibration takes them."""
 
     def __init__(self, images: np.ndarray) -> None:

@@ -234,7 +234,8 @@ def _simulated(frame: pd.DataFrame, source: Source, contract: Contract) -> pd.Da
 def _new_labels_later(
     frame: pd.DataFrame, onset: int, source: Source, contract: Contract
 ) -> pd.DataFrame:
-    """Fill the rows before the onset with other labels, and let the rest follow in its order."""
+    """Fill the rows before the onset with other labels. What is left out there stays out: put in
+    later, it would make a stretch of nothing else."""
     simulate = contract.data.simulate
     assert simulate is not None
     labels = schema.labels(frame, contract)
@@ -246,10 +247,9 @@ def _new_labels_later(
                 + did_you_mean(name, present)
             )
     is_old = ~labels.isin(simulate.new_labels).to_numpy()
-    early = is_old & (np.cumsum(is_old) <= onset)
-    if early.sum() < onset:  # the stream ends before its onset
-        return frame[early]
-    return pd.concat([frame[early], frame[~early]])
+    # An old row is early as long as no more than `onset` old ones have come.
+    early = np.cumsum(is_old) <= onset
+    return frame[is_old | ~early]
 
 
 # The formats

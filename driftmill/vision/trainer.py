@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,8 @@ NORMALISATION_ROWS = 50_000
 BATCH = 1024
 #: Seconds after which a checkpoint is written within an epoch.
 CHECKPOINT_SECONDS = 60.0
+#: Multiplications in a batch, roughly, that are worth a thread more.
+THREAD_WORK = 1e10
 #: Processes that read images which do not fit into memory.
 READERS = 2
 
@@ -269,7 +271,11 @@ def train(
         TrainingError: too few images, no such device, or the loss became infinite.
     """
     place = choose_device(device) if isinstance(device, str) else device
-    with torch.random.fork_rng([place] if place.type == "cuda" else []), _deterministic():
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    with (
+        torch.random.fork_rng([place] if place.type == "cuda" else []),
+        _settled(_threads(net, min(settings.batch, len(learn)), processes)),
+    ):
         return _Run(net, learn, validate, settings, seed, place, checkpoints).train(on_epoch)
 
 
@@ -338,7 +344,7 @@ class _Run:
         self.device = device
         self.precision = choose_precision(settings.precision, self.device)
         self.rank, self.processes = 0, 1
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.learn, self.validate = learn, validate
         # Norms need two images at least in each part of a batch.
@@ -692,18 +698,31 @@ def _channels_last(images: Tensor) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last)
 
 
-class _deterministic(AbstractContextManager[None]):  # noqa: N801 (used as a function)
-    """Only algorithms that give the same twice."""
+def _threads(net: Net, batch: int, processes: int) -> int:
+    """How many threads a batch is worth. With more, those of a small network wait for each other,
+    and where other processes want the cores too, they wait ten times as long as they work."""
+    places = net.image.size[0] * net.image.size[1]
+    used = sum(p.numel() * (places if p.dim() == 4 else 1) for p in net.parameters())
+    return min(torch.get_num_threads(), 1 + int(used * batch / processes / THREAD_WORK))
 
-    def __enter__(self) -> None:
-        # cuBLAS reads it when it starts.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        self.before = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        # It would also write to all memory that is about to be overwritten: a quarter of the time.
-        self.filled = torch.utils.deterministic.fill_uninitialized_memory
-        torch.utils.deterministic.fill_uninitialized_memory = False
 
-    def __exit__(self, *_: object) -> None:
-        torch.use_deterministic_algorithms(self.before)
-        torch.utils.deterministic.fill_uninitialized_memory = self.filled
+@contextmanager
+def _settled(threads: int) -> Iterator[None]:
+    """So many threads, and only algorithms that give the same twice."""
+    # cuBLAS reads it when it starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = (
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # It would also write to all memory that is about to be overwritten: a quarter of the time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.use_deterministic_algorithms(before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from driftmill.contract import Contract
 from driftmill.evaluate import gates
 from driftmill.evaluate.gates import Verdict
 from tests.conftest import tiny_frame
-from tests.evaluate import models
+from tests.evaluate import models, pictures
 
 
 def _failed(verdict: Verdict) -> set[str]:
@@ -325,3 +325,34 @@ def test_the_same_inputs_give_the_same_verdict(tiny: Contract, tmp_path: Path) -
     measured = {"latency_ms", "checks"}
     assert first.model_dump(exclude=measured) == second.model_dump(exclude=measured)
     assert Verdict.model_validate_json(first.model_dump_json()) == first
+
+
+def test_models_of_images_are_judged_alike(tmp_path: Path) -> None:
+    of = pictures.make_contract()
+    new, old = (
+        pictures.make_bundle(tmp_path / name, of, pictures.network(of, "mlp", seed=seed))
+        for seed, name in enumerate(("new", "old"))
+    )
+    rows = pictures.prepared(of, new, rows=600, wrong=60)
+    first = gates.judge(of, rows, new, None)
+    assert first.promote
+    assert first.challenger_metrics["accuracy"] == pytest.approx(0.9)
+    against = gates.judge(of, rows, new, old)
+    assert against.against == old.version
+    assert against.promote
+    assert against.latency_ms > 0
+    assert [s.column for s in against.slices] == ["brightness"] * 4
+    assert sum(s.rows for s in against.slices) == 600
+    assert all(s.comparison is not None for s in against.slices)
+
+
+def test_a_champion_of_another_image_size_is_replaced_by_the_dummy(tmp_path: Path) -> None:
+    of = pictures.make_contract()
+    before = pictures.make_contract(size=10)
+    new, old = (
+        pictures.make_bundle(tmp_path / name, c, pictures.network(c, "mlp"))
+        for name, c in (("new", of), ("old", before))
+    )
+    verdict = gates.judge(of, pictures.prepared(of, new), new, old)
+    assert verdict.against == "dummy"
+    assert "cannot score these rows (it sees images of" in verdict.notes[0]

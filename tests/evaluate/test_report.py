@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from driftmill.bundle import Bundle
 from driftmill.contract import Contract
 from driftmill.data.prepare import Prepared
 from driftmill.evaluate import gates, report
 from tests.conftest import tiny_frame
-from tests.evaluate import models
+from tests.evaluate import models, pictures
 
 #: Elements that HTML does not close.
 _VOID = {"meta", "br", "img", "link", "input", "hr"}
@@ -65,11 +69,13 @@ def _write(
 
 
 def _assert_self_contained(page: _Page, html: str) -> None:
-    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form", "img"}
-    for _, attributes in page.elements:
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    for tag, attributes in page.elements:
         for name, value in attributes.items():
             assert not name.startswith("on"), name
-            if name in ("src", "href", "xlink:href", "action"):
+            if tag == "img" and name == "src":
+                assert str(value).startswith("data:image/png;base64,")
+            elif name in ("src", "href", "xlink:href", "action"):
                 assert str(value).startswith("#"), value
     assert "url(http" not in html
     assert "@import" not in html
@@ -195,3 +201,93 @@ def test_text_from_the_data_is_never_markup(tmp_path: Path, tiny: Contract) -> N
     assert evil in page.text
     assert image in page.text
     assert "$\\frac{$" in page.text
+
+
+def _shots(page: _Page) -> list[np.ndarray]:
+    """The images on a page, (height, width, 3)."""
+    found = []
+    for tag, attributes in page.elements:
+        if tag == "img":
+            content = base64.b64decode(str(attributes["src"]).partition(",")[2])
+            found.append(np.asarray(Image.open(io.BytesIO(content))))
+    return found
+
+
+def test_a_model_of_images(tmp_path: Path) -> None:
+    of = pictures.make_contract()
+    new = pictures.make_bundle(
+        tmp_path / "new",
+        of,
+        pictures.network(of),
+        data={
+            "precision": {
+                "asked": "int8",
+                "served": "float32",
+                "metric": "accuracy",
+                "note": "int8 is surely worse",
+                "float32": {"score": 0.9, "size_mb": 1.5, "ms": 2.5},
+                "int8": {"score": 0.5, "size_mb": 0.4, "ms": 0.75},
+            }
+        },
+    )
+    html, verdict = _write(tmp_path, of, pictures.prepared(of, new), new)
+    page = _Page(html)
+    _assert_self_contained(page, html)
+    assert verdict.notes == ("Precision: int8 is surely worse",)
+    for text in (
+        "Worst errors",
+        "Accuracy by label",
+        "Confusion matrix",
+        "Training",
+        "90 images; 10 were kept out",
+        "2 runs: accuracy 0.82 on average with a standard deviation of 0.01",
+        "learns 32 images by heart in 12 steps",
+        "3 of 32 units",
+        "the learning rate is <high>",
+        "The weights are those of epoch 2",
+        "Learning-rate test",
+        "Gradients by layer",
+        "Precision",
+        "0.75 ms",
+    ):
+        assert text in page.text, text
+    assert "Permutation importance" not in page.text
+    assert "#040404" not in html, "a figure's colour was not replaced by a variable"
+    assert page.text.count("truth: ") == 24
+    shots = _shots(page)
+    assert len(shots) == 48
+    assert all(shot.shape == (96, 96, 3) for shot in shots)
+    # The image itself is grey, with each pixel a square; what spoke for the answer is in colour.
+    image, seen = shots[0].astype(int), shots[1].astype(int)
+    assert (image[..., 0] == image[..., 2]).all()
+    assert (image[:12, :12] == image[0, 0]).all()
+    assert (seen[..., 0] != seen[..., 2]).any()
+
+
+def test_a_model_of_images_that_makes_no_error(picture_model: Bundle, tmp_path: Path) -> None:
+    of = picture_model.manifest.contract
+    rows = pictures.prepared(of, picture_model, wrong=0)
+    html, _ = _write(tmp_path, of, rows, picture_model)
+    page = _Page(html)
+    assert "all answers are right" in page.text
+    assert "img" not in page.tags
+
+
+@pytest.mark.slow
+def test_large_images_in_colour_do_not_make_a_large_page(tmp_path: Path) -> None:
+    """Noise is what a PNG file can compress least; `_write` holds the page below 2 MB."""
+    of = pictures.make_contract(channels=3, size=112)
+    new = pictures.make_bundle(tmp_path / "new", of, pictures.network(of))
+    html, _ = _write(tmp_path, of, pictures.prepared(of, new, rows=60, wrong=30), new)
+    assert {shot.shape for shot in _shots(_Page(html))} == {(96, 96, 3)}
+
+
+def test_labels_of_images_are_never_markup(tmp_path: Path) -> None:
+    evil = ("<script>alert('1')</script>", '"><img src=x onerror=alert(2)>', "$\\frac{$")
+    of = pictures.make_contract(labels=evil)
+    new = pictures.make_bundle(tmp_path / "new", of, pictures.network(of))
+    html, _ = _write(tmp_path, of, pictures.prepared(of, new), new)
+    page = _Page(html)
+    _assert_self_contained(page, html)
+    for label in evil:
+        assert f"truth: {label}" in page.text

@@ -28,7 +28,8 @@ def _net(family: str, image: Image = IMAGE, labels: int = 5) -> Net:
     with torch.no_grad():
         net.train()
         net(net.normalise(torch.from_numpy(_images(image, 32))))
-    return net.eval()
+    net.eval()
+    return net
 
 
 def _images(image: Image, rows: int, seed: int = 0) -> np.ndarray:

@@ -41,13 +41,17 @@ def bright() -> Net:
     with torch.no_grad():
         head.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]]))
         head.bias.zero_()
-    return Net("bright", IMAGE, _Bright(), head).eval()
+    net = Net("bright", IMAGE, _Bright(), head)
+    net.eval()
+    return net
 
 
 @pytest.fixture
 def trained() -> Net:
     """Some convolutional network."""
-    return nets.build("small-cnn", IMAGE, tasks.LABELS, seed=1).eval()
+    net = nets.build("small-cnn", IMAGE, tasks.LABELS, seed=1)
+    net.eval()
+    return net
 
 
 def test_the_map_is_what_spoke_for_the_label(bright: Net) -> None:
