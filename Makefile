@@ -1,6 +1,6 @@
 # Two commands do everything: `make demo` and `make test`. Both make their own environment first,
 # and install only what they need: PyTorch comes with image examples and with the tests.
-# UV_TORCH_BACKEND=cpu before `make` (a setting of uv) takes PyTorch without its 3 GB for GPUs.
+# UV_TORCH_BACKEND=cpu before `make` (a setting of uv) takes PyTorch without its 4 GB for GPUs.
 
 PYTHON ?= python3
 EXAMPLE ?= payments

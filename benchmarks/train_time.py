@@ -29,6 +29,7 @@ from driftmill.assemble import MODEL
 from driftmill.contract import Contract
 from driftmill.data import prepare
 from driftmill.evaluate import metrics
+from driftmill.serving.session import cores
 from driftmill.tabular import candidates, fit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -120,7 +121,7 @@ def main() -> None:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": {
-            "cores": candidates.cores(),
+            "cores": cores(),
             "load_after": [round(value, 2) for value in os.getloadavg()],
             "python": platform.python_version(),
             "packages": {p: version(p) for p in ("scikit-learn", "skl2onnx", "onnxruntime")},

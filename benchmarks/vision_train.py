@@ -70,8 +70,8 @@ def read(name: str) -> tuple[Rows, Rows]:
         digits = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]
         y = digits.target.astype(np.int64)
-        test, learn = trainer.split(y, 0.39, 0)  # about 700 to learn from
-        return Rows(images, y, learn), Rows(images, y, test)
+        test_rows, rows = trainer.split(y, 0.39, 0)  # about 700 to learn from
+        return Rows(images, y, rows), Rows(images, y, test_rows)
     root = os.environ.get("DRIFTMILL_DATA")
     if not root:
         raise SystemExit(f"DRIFTMILL_DATA must name the folder that holds {name}")

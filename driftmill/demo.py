@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
+import httpx
 import numpy as np
 import pandas as pd
 from rich.console import Console
@@ -52,6 +53,8 @@ PICTURES = 12
 EXAMPLES = Path(__file__).parent.parent / "examples"
 #: How often the demo looks what has happened, in seconds; its measured times are that exact.
 LOOK = 0.2
+#: Seconds that the last rows of a short stream wait for the retraining at most.
+PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -66,13 +69,15 @@ class Settings:
     """Rows still sent after the new model serves; None sends the whole stream."""
     block: int
     """Rows whose quality is one point of the plot."""
+    reserve: int = 0
+    """Of a short stream: the last rows wait until the retraining has ended."""
 
 
 SETTINGS = {
     "payments": Settings(rate=200, label_delay=1.0, rows_after=2000, block=500),
     "bike-sharing": Settings(rate=150, label_delay=2.0, rows_after=None, block=336),
-    "digits": Settings(rate=20, label_delay=1.0, rows_after=None, block=100),
-    "fashion-mnist": Settings(rate=150, label_delay=1.0, rows_after=1500, block=500),
+    "digits": Settings(rate=20, label_delay=1.0, rows_after=None, block=100, reserve=200),
+    "fashion-mnist": Settings(rate=150, label_delay=1.0, rows_after=None, block=500, reserve=1500),
 }
 
 
@@ -338,6 +343,19 @@ async def _traffic(
         ):
             stop.set()
 
+    waited = False
+
+    async def hold(row: int) -> None:
+        nonlocal waited
+        if waited or row < len(stream) - settings.reserve:
+            return
+        if not await _settled(watched, running):
+            say(f"the last {settings.reserve} rows wait until the retraining has ended")
+        until = time.monotonic() + PATIENCE
+        while not await _settled(watched, running) and time.monotonic() < until:
+            await asyncio.sleep(LOOK)
+        waited = True
+
     async def watch() -> None:
         while True:
             for text in await asyncio.to_thread(_look, home, document.model, watched):
@@ -355,6 +373,7 @@ async def _traffic(
                 label_delay=settings.label_delay,
                 on_progress=on_progress,
                 stop_event=stop,
+                hold=hold if settings.reserve else None,
             )
         )
         try:
@@ -366,6 +385,17 @@ async def _traffic(
         finally:
             watcher.cancel()
             sender.cancel()
+
+
+async def _settled(watched: Watched, running: stack.Running) -> bool:
+    """Whether the retraining has ended, and its model serves if it was promoted."""
+    if not watched.runs or any(run.state in ("pending", "running") for run in watched.runs):
+        return False
+    if len(watched.rollouts) < 2:
+        return True
+    async with httpx.AsyncClient(base_url=running.services["service"].url) as client:
+        serves = (await client.get("/model")).json()["version"]
+    return bool(serves == watched.rollouts[-1].champion)
 
 
 def _look(home: Home, model: str, watched: Watched) -> list[str]:

@@ -8,7 +8,7 @@ import math
 import time
 from base64 import b64encode
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +77,7 @@ async def replay(
     label_delay: float | None = None,
     on_progress: Callable[[ReplayResult], None] | None = None,
     stop_event: asyncio.Event | None = None,
+    hold: Callable[[int], Awaitable[None]] | None = None,
 ) -> ReplayResult:
     """Send rows to `/predict`, then their labels to `/feedback`.
 
@@ -94,6 +95,8 @@ async def replay(
             are not yet due when the rows end are sent at once.
         on_progress: called after each request.
         stop_event: when set, no further rows are sent; the labels of those sent still are.
+        hold: awaited before each request, with the position of its first row: traffic pauses for
+            as long as it takes.
 
     Returns:
         Counts and answers. A request that fails is counted and not repeated.
@@ -109,6 +112,10 @@ async def replay(
         labelling = asyncio.create_task(_label(client, due, done, result))
         start = time.monotonic()
         for number, (first, records) in enumerate(_batches(rows, contract, batch)):
+            if hold is not None:
+                paused = time.monotonic()
+                await hold(first)
+                start += time.monotonic() - paused
             wait = start + number * batch / rate - time.monotonic()
             if wait > 0 and not stop.is_set():
                 await _wait(stop, wait)

@@ -238,10 +238,13 @@ def _svg(figure: Figure) -> Markup:
 
 
 def _logarithmic(axes: Axes) -> None:
-    """Powers of ten along the x axis, as plain numbers: formulas are switched off."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    """A logarithmic x axis with plain numbers along it: formulas are switched off."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high < 100 * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", which="minor", size=0)

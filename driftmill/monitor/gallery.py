@@ -61,6 +61,10 @@ def section(
             "their embeddings, and what is most unusual about each.</p>",
             _figures(window, strange, usual),
         ]
+    parts.append(
+        "<p>Below is Evidently's report. Its thresholds are its own and look at one column at a "
+        "time: it decides nothing, and may call drifted what is calm here.</p>"
+    )
     return f"<style>{_STYLE}</style><section class='dm'>{''.join(parts)}</section>"
 
 

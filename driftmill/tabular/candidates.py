@@ -17,7 +17,6 @@ training rows do not hold is no category in one-hot, and -1 in ordinal coding.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
@@ -194,11 +193,6 @@ def answer(
     if target.min is not None or target.max is not None:
         predicted = np.clip(predicted, target.min, target.max)
     return predicted
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _columns(sign: Signature, numbers: Numbers, one_hot: int) -> ColumnTransformer:

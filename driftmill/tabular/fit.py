@@ -29,7 +29,7 @@ from driftmill import features
 from driftmill.assemble import MODEL, RECORD
 from driftmill.contract import Contract
 from driftmill.data import prepare
-from driftmill.serving.session import Session
+from driftmill.serving.session import Session, cores
 from driftmill.tabular import candidates, export
 from driftmill.tabular.search import search
 
@@ -65,8 +65,8 @@ def fit(contract: Contract, family: str, data: Path, out: Path) -> dict[str, Any
 
     trials = search(contract, sign, family, inputs, y)
     best = trials[0]
-    threads = min(candidates.cores(), 1 + len(y) // ROWS_PER_CORE)
-    pipeline = candidates.build(family, contract, sign, best.params, threads=candidates.cores())
+    threads = min(cores(), 1 + len(y) // ROWS_PER_CORE)
+    pipeline = candidates.build(family, contract, sign, best.params, threads=cores())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         candidates.learn(pipeline, contract, inputs, y, threads)

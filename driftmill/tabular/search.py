@@ -32,6 +32,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from driftmill.contract import Contract
 from driftmill.evaluate import metrics
 from driftmill.features import Signature
+from driftmill.serving.session import cores
 from driftmill.tabular import candidates
 
 log = logging.getLogger("driftmill")
@@ -168,7 +169,7 @@ def _evaluate(
     with (
         warnings.catch_warnings(),
         threadpool_limits(1),
-        ThreadPoolExecutor(candidates.cores()) as pool,
+        ThreadPoolExecutor(cores()) as pool,
     ):
         # A setting that has not converged is judged as it is.
         warnings.simplefilter("ignore", ConvergenceWarning)

@@ -40,7 +40,9 @@ OVERFIT_STEPS, RATE_STEPS = 80, 60
 RATE_RANGE = (1e-3, 30.0)
 #: A layer's gradient this many times below the layers' median has vanished.
 VANISHED = 1e-4
-#: Parts of a layer's units, and accuracies, from which on a warning is due.
+#: From where on a warning is due: change of a loss, part of a layer's units, gap between
+#: accuracies; and the accuracy that counts as learnt by heart.
+NOTICED = 0.02
 MANY_DEAD, LARGE_GAP, BY_HEART = 0.25, 0.1, 0.95
 
 
@@ -114,7 +116,7 @@ def gradients(net: Net, images: Tensor, y: Tensor) -> list[tuple[str, float, flo
     the first to the last."""
     net.requires_grad_(True).train()
     loss = functional.cross_entropy(net(net.normalise(images)), y)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return [
         (name.removesuffix(".weight"), p.norm().item(), p.grad.norm().item())
         for name, p in net.named_parameters()
@@ -171,7 +173,7 @@ def overfit(net: Net, images: Tensor, y: Tensor) -> dict[str, Any]:
         if accuracy == 1.0 and loss < 0.1:
             break
         optimizer.zero_grad()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         optimizer.step()
     return {
         "images": len(y),
@@ -206,7 +208,7 @@ def rate_range(net: Net, images: Tensor, y: Tensor, settings: Vision) -> dict[st
             diverges = float(lr)
             break
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
     finite = [value for value in losses if math.isfinite(value)]
     slopes = np.gradient(finite) if len(finite) > 2 else np.zeros(1)
@@ -285,12 +287,12 @@ def _of_history(result: Result, settings: Vision) -> Iterator[str]:
         )
     losses = [entry["validation_loss"] for entry in result.history]
     best = int(np.argmin(losses)) + 1
-    if settings.patience is None and losses[-1] > 1.1 * losses[best - 1] + 0.02:
+    if settings.patience is None and losses[-1] > 1.1 * losses[best - 1] + NOTICED:
         yield (
             f"the validation loss was lowest in epoch {best} ({losses[best - 1]:.3f}) and ended at "
             f"{losses[-1]:.3f}; fewer epochs or `patience` would keep the best"
         )
-    if len(losses) > 2 and best == len(losses) and losses[-1] < 0.95 * losses[-2]:
+    if len(losses) > 2 and best == len(losses) and losses[-1] < 0.95 * losses[-2] - NOTICED:
         yield (
             f"the validation loss still fell in the last epoch ({losses[-2]:.3f} to "
             f"{losses[-1]:.3f}); more epochs may help"

@@ -47,7 +47,7 @@ def processes(gpus: int, device: str) -> int:
     that is there; one where there is none, or `device` is cpu."""
     if device == "cpu" or not torch.cuda.is_available():
         return 1
-    return max(1, min(gpus, torch.cuda.device_count()))
+    return max(1, min(gpus, int(torch.cuda.device_count())))
 
 
 def train(

@@ -270,11 +270,11 @@ def _resnet(family: str, make: Callable[..., models.ResNet], image: Image, label
     small = max(image.size) <= SMALL
     if small:
         body.conv1 = nn.Conv2d(image.channels, 64, 3, padding=1, bias=False)
-        body.maxpool = nn.Identity()  # type: ignore[assignment]
+        body.maxpool = nn.Identity()
     elif image.channels != 3:
         body.conv1 = nn.Conv2d(image.channels, 64, 7, stride=2, padding=3, bias=False)
     nn.init.kaiming_normal_(body.conv1.weight, mode="fan_out", nonlinearity="relu")
-    head, body.fc = body.fc, nn.Identity()  # type: ignore[assignment]
+    head, body.fc = body.fc, nn.Identity()
     return Net(family, image, body, head, inner="fc")
 
 
@@ -290,9 +290,9 @@ def _classifier(family: str, make: Callable[..., nn.Module], image: Image, label
         grey = nn.Conv2d(
             image.channels,
             first.out_channels,
-            first.kernel_size,  # type: ignore[arg-type]
-            first.stride,  # type: ignore[arg-type]
-            first.padding,  # type: ignore[arg-type]
+            first.kernel_size,
+            first.stride,
+            first.padding,
             bias=first.bias is not None,
         )
         features[0][0] = grey

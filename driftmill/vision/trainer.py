@@ -168,11 +168,13 @@ def choose_device(wish: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def choose_precision(wish: str, device: torch.device) -> torch.dtype:
+def choose_precision(wish: str, device: torch.device, net: nn.Module) -> torch.dtype:
     """What convolutions compute in.
 
-    bfloat16 pays where the processor multiplies it: measured with `small-cnn`, twice as fast as
-    float32 on a CPU with AVX512-BF16 or AMX, and slower on one that has to emulate it.
+    On a CPU bfloat16 pays where the processor multiplies it (AVX512-BF16, AMX): `small-cnn` and
+    ResNets then take about half the time; elsewhere it is emulated, which is slow. It does not pay
+    for depthwise convolutions: MobileNet and EfficientNet take twice the time, and oneDNN's
+    gradient of small maps is not the same twice.
     """
     if wish != "auto":
         return torch.bfloat16 if wish == "bfloat16" else torch.float32
@@ -180,7 +182,8 @@ def choose_precision(wish: str, device: torch.device) -> torch.dtype:
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         able = torch.cpu.get_capabilities()
-        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+        depthwise = any(isinstance(m, nn.Conv2d) and m.groups > 1 for m in net.modules())
+        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16")) and not depthwise
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -254,7 +257,8 @@ def train(
 
     With torch.distributed initialised it trains with all processes of the group, which must be
     given the same arguments: each takes its part of every batch, and all end with the same weights.
-    The same seed on the same machine gives the same weights, bit by bit.
+    The same seed on the same machine gives the same weights, bit by bit (see `choose_precision`
+    for an exception, where bfloat16 is asked for).
 
     Args:
         net: from `nets.build`; afterwards it holds the final weights (of the average or the best
@@ -284,7 +288,7 @@ def predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (N, labels) and embeddings (N, width), float32, in the order of the rows."""
     place = choose_device(device) if isinstance(device, str) else device
-    there = copy.deepcopy(net).to(place, memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    there = copy.deepcopy(net).to(place, memory_format=torch.channels_last).eval()
     probabilities, embeddings = [], []
     with torch.inference_mode():
         for start in range(0, len(rows), batch):
@@ -342,7 +346,7 @@ class _Run:
         self.started = time.perf_counter()
         self.settings, self.seed, self.checkpoints = settings, seed, checkpoints
         self.device = device
-        self.precision = choose_precision(settings.precision, self.device)
+        self.precision = choose_precision(settings.precision, device, net)
         self.rank, self.processes = 0, 1
         if dist.is_initialized():
             self.rank, self.processes = dist.get_rank(), dist.get_world_size()
@@ -357,7 +361,7 @@ class _Run:
         self.steps = self.per_epoch * settings.epochs
         self.rate = learning_rate(settings, net.family)
         net.set_normalisation(*measure_normalisation(learn))
-        self.net = net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.net = net.to(self.device, memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.net, settings, self.rate)
         self.average: AveragedModel | None = None
         if settings.ema is not None:
@@ -454,7 +458,7 @@ class _Run:
                         label_smoothing=settings.label_smoothing,
                     )
                 # The mean over the whole batch, whoever has which part: processes average theirs.
-                (loss * (self.processes / count)).backward()  # type: ignore[no-untyped-call]
+                (loss * (self.processes / count)).backward()
             total += loss.detach()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -511,8 +515,7 @@ class _Run:
         """The network that would be taken now."""
         if self.average is None:
             return self.net
-        average = self.average.module
-        assert isinstance(average, Net)
+        average: Net = self.average.module
         return average
 
     def _stopped(self) -> bool:
@@ -559,7 +562,7 @@ class _Run:
         seen = generator(torch.device("cpu"), self.seed, _ORDER)
         chosen = torch.randperm(len(self.learn), generator=seen)[:some].sort().values
         train = self._evaluate(self.net, self.feed.of(chosen), autocast=False)
-        self.net.to("cpu", memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+        self.net.to("cpu", memory_format=torch.contiguous_format)
         self.net.eval()
         self.optimizer.zero_grad(set_to_none=True)
         if self.checkpoints is not None and self.rank == 0:
@@ -667,7 +670,7 @@ class _Feed:
                 yield self.images[here], self.y[here]
             return
         loader = DataLoader(
-            self.rows,  # type: ignore[arg-type]
+            self.rows,
             batch_sampler=[chosen.tolist() for chosen in places],
             collate_fn=_as_they_are,
             num_workers=READERS if len(places) > READERS else 0,
@@ -703,7 +706,8 @@ def _threads(net: Net, batch: int, processes: int) -> int:
     and where other processes want the cores too, they wait ten times as long as they work."""
     places = net.image.size[0] * net.image.size[1]
     used = sum(p.numel() * (places if p.dim() == 4 else 1) for p in net.parameters())
-    return min(torch.get_num_threads(), 1 + int(used * batch / processes / THREAD_WORK))
+    worth = 1 + int(used * batch / processes / THREAD_WORK)
+    return min(worth, int(torch.get_num_threads()))
 
 
 @contextmanager
@@ -714,15 +718,15 @@ def _settled(threads: int) -> Iterator[None]:
     before = (
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory,
     )
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     # It would also write to all memory that is about to be overwritten: a quarter of the time.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.set_num_threads(before[0])
         torch.use_deterministic_algorithms(before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = before[2]  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = before[2]

@@ -131,7 +131,7 @@ def test_a_last_layer_for_other_labels_is_left_out(tmp_path: Path) -> None:
     assert nets.load_weights(net, weights) == ["head.weight", "head.bias"]
     assert torch.equal(net.head.weight, head)
     x = net.normalise(noise(1, image))
-    theirs.fc = torch.nn.Identity()  # type: ignore[assignment]
+    theirs.fc = torch.nn.Identity()
     torch.testing.assert_close(net.embed(x), theirs(x))
 
 

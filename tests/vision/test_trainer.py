@@ -57,8 +57,15 @@ def test_every_optimizer_learns(family: str, optimizer: str) -> None:
     assert all(p.device.type == "cpu" and p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["small-cnn", "mobilenet-v3-small"])
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    [
+        ("mlp", "bfloat16"),
+        ("small-cnn", "float32"),
+        ("small-cnn", "bfloat16"),
+        ("mobilenet-v3-small", "float32"),
+    ],
+)
 def test_the_same_seed_gives_the_same_bits(family: str, precision: str) -> None:
     of = settings(precision=precision, augment=AUGMENT, ema=0.9, label_smoothing=0.1, epochs=2)
     torch.manual_seed(1)
@@ -230,6 +237,30 @@ def test_schedules_meet_their_ends() -> None:
     assert trainer.scheduled("constant", 0.3) == 1
 
 
+def test_precision_is_what_the_processor_is_fast_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    plain, depthwise = (nets.build(f, IMAGE, 2) for f in ("small-cnn", "mobilenet-v3-small"))
+    for able, expected in (({"avx512_bf16": True}, torch.bfloat16), ({}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert trainer.choose_precision("auto", cpu, plain) is expected
+        assert trainer.choose_precision("auto", cpu, depthwise) is torch.float32
+        assert trainer.choose_precision("bfloat16", cpu, depthwise) is torch.bfloat16
+        assert trainer.choose_precision("float32", cpu, plain) is torch.float32
+
+
+def test_threads_are_given_back_and_few_for_small_work() -> None:
+    torch.set_num_threads(2)
+    try:
+        small = nets.build("small-cnn", IMAGE, LABELS)
+        large = nets.build("small-cnn", Image(size=(28, 28), channels=1), LABELS)
+        assert trainer._threads(small, 64, 1) == 1
+        assert trainer._threads(large, 256, 1) == 2
+        trained(settings(epochs=1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_learning_rates() -> None:
     assert trainer.learning_rate(settings(learning_rate=0.3), "mlp") == 0.3
     assert trainer.learning_rate(settings(batch=512), "mlp") == pytest.approx(
@@ -346,8 +377,9 @@ def process(folder: Path) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    run = process(tmp_path / "whole")
     began = time.monotonic()
-    output, _ = process(tmp_path / "whole").communicate()
+    output, _ = run.communicate()
     assert output == "ends 0\n"
     seconds = time.monotonic() - began
     expected = load_file(tmp_path / "whole" / "final.safetensors")
