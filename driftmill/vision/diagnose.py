@@ -35,9 +35,9 @@ SECONDS = 5.0
 #: Images of each check: gradients, dead units, overfitting, a step of the learning-rate test.
 GRADIENT_ROWS, UNIT_ROWS, OVERFIT_ROWS, RATE_ROWS = 256, 1024, 32, 64
 #: Steps to learn a batch by heart, and of the learning-rate test.
-OVERFIT_STEPS, RATE_STEPS = 80, 60
-#: The test's rates, as parts of the one in use.
-RATE_RANGE = (1e-3, 30.0)
+OVERFIT_STEPS, RATE_STEPS = 80, 70
+#: The test's rates, as parts of what is usual for optimizer and family.
+RATE_RANGE = (1e-4, 1e3)
 #: A layer's gradient this many times below the layers' median has vanished.
 VANISHED = 1e-4
 #: From where on a warning is due: change of a loss, part of a layer's units, gap between
@@ -189,7 +189,8 @@ def rate_range(net: Net, images: Tensor, y: Tensor, settings: Vision) -> dict[st
     """The loss while the learning rate rises step by step. Recommended is the rate where the
     smoothed loss falls fastest; beyond `diverges` (null: not seen) it grows."""
     rate = trainer.learning_rate(settings, net.family)
-    rates = np.geomspace(rate * RATE_RANGE[0], rate * RATE_RANGE[1], RATE_STEPS)
+    usual = trainer.learning_rate(settings.model_copy(update={"learning_rate": None}), net.family)
+    rates = np.geomspace(usual * RATE_RANGE[0], usual * RATE_RANGE[1], RATE_STEPS)
     optimizer = trainer.make_optimizer(net, settings, rate)
     net.requires_grad_(True).train()
     losses: list[float] = []

@@ -513,10 +513,8 @@ class _Run:
 
     def _current(self) -> Net:
         """The network that would be taken now."""
-        if self.average is None:
-            return self.net
-        average: Net = self.average.module
-        return average
+        net: Net = self.net if self.average is None else self.average.module
+        return net
 
     def _stopped(self) -> bool:
         """Whether validation has not become better for too long. All processes agree, for they all
