@@ -25,6 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save, save_file
 
 from driftmill.contract import Image, Vision
+from driftmill.serving.session import cores
 from driftmill.store import Store, write_atomic
 from driftmill.vision import nets, trainer
 from driftmill.vision.checkpoints import Checkpoints
@@ -67,13 +68,12 @@ def train(
     with tempfile.TemporaryDirectory(prefix="driftmill-train-") as name:
         folder = Path(name)
         write_job(folder, net, learn, validate, settings, seed, checkpoints)
-        cores = len(os.sched_getaffinity(0))
         run = subprocess.run(
             [
                 sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc-per-node", str(count), "-m", "driftmill.vision.distributed", str(folder),
             ],
-            env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores // count))},
+            env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // count))},
             stdout=sys.stderr,  # theirs is not an answer of this process
             check=False,
         )  # fmt: skip

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from safetensors.torch import save
 
@@ -34,10 +33,6 @@ log = logging.getLogger("driftmill")
 
 #: Validation images on which the export is compared with the network.
 PARITY_ROWS = 256
-#: One more thread for every so many pixels that all epochs go through: below, threads bring little.
-#: On a busy machine they cost much, for at every layer all wait for the one that is not let run:
-#: a training of a second was seen to take half a minute with two.
-PIXELS_PER_THREAD = 50_000_000
 
 
 def fit(contract: Contract, family: str, data: Path, out: Path, store: Store) -> dict[str, Any]:
@@ -68,8 +63,6 @@ def fit(contract: Contract, family: str, data: Path, out: Path, store: Store) ->
     held_out = split.held_out(prepared.train, contract, settings.validation)
     learn = Rows(images, y, np.flatnonzero(~held_out))
     validate = Rows(images, y, np.flatnonzero(held_out))
-    threads = 1 + images.size * settings.epochs // PIXELS_PER_THREAD
-    torch.set_num_threads(min(torch.get_num_threads(), threads))
 
     every: list[dict[str, Any]] = []
     best: tuple[Net, Result, int] | None = None

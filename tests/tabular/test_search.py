@@ -105,7 +105,7 @@ def test_the_number_of_cores_does_not_change_the_result(monkeypatch: pytest.Monk
     contract = searching(budget=2)
     results = []
     for cores in (1, 3):
-        monkeypatch.setattr(candidates, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr("driftmill.tabular.search.cores", lambda cores=cores: cores)
         results.append(run(contract, "hist-gradient-boosting", rows(2)))
     assert results[0] == results[1]
 

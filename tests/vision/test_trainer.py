@@ -253,8 +253,8 @@ def test_threads_are_given_back_and_few_for_small_work() -> None:
     try:
         small = nets.build("small-cnn", IMAGE, LABELS)
         large = nets.build("small-cnn", Image(size=(28, 28), channels=1), LABELS)
-        assert trainer._threads(small, 64, 1) == 1
-        assert trainer._threads(large, 256, 1) == 2
+        assert trainer._threads(small, 60_000, 1) == 1
+        assert trainer._threads(large, 60_000, 1) == 2
         trained(settings(epochs=1))
         assert torch.get_num_threads() == 2
     finally:
