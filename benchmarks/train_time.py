@@ -29,7 +29,7 @@ from driftmill.assemble import MODEL
 from driftmill.contract import Contract
 from driftmill.data import prepare
 from driftmill.evaluate import metrics
-from driftmill.serving.session import cores
+from driftmill.home import cores
 from driftmill.tabular import candidates, fit
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

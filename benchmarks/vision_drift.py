@@ -35,6 +35,7 @@ from driftmill.bundle import Bundle
 from driftmill.contract import Contract
 from driftmill.data import prepare, sources
 from driftmill.features import EMBEDDING, IMAGE
+from driftmill.home import cores
 from driftmill.monitor import drift, embedding
 from driftmill.monitor.drift import WindowResult
 from driftmill.store import Store
@@ -276,7 +277,7 @@ def main() -> None:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": {
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             "python": platform.python_version(),
             "packages": {p: version(p) for p in ("scikit-learn", "scipy", "onnxruntime", "torch")},
         },

@@ -51,8 +51,8 @@ from safetensors.torch import save_file
 
 from driftmill import bundle, contract, features, rollout
 from driftmill.contract import Contract
+from driftmill.home import cores
 from driftmill.serving.log import segments
-from driftmill.serving.session import cores
 from driftmill.store import Store
 from driftmill.vision import export, images, nets
 

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from driftmill.contract import Image, Vision
+from driftmill.home import cores
 from driftmill.vision import distributed, nets, trainer
 from driftmill.vision.trainer import Rows
 
@@ -189,7 +190,7 @@ def main() -> None:
     given.output.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": {
-            "cores": len(os.sched_getaffinity(0)),
+            "cores": cores(),
             "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
             "load_after": [round(value, 2) for value in os.getloadavg()],
             "python": platform.python_version(),

@@ -39,7 +39,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from driftmill import features
 from driftmill.contract import Contract
 from driftmill.features import EMBEDDING, IMAGE, Signature
-from driftmill.serving.session import Session, cores
+from driftmill.home import cores
+from driftmill.serving.session import Session
 from driftmill.store import Store, sha256, write_atomic
 
 if TYPE_CHECKING:

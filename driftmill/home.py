@@ -1,4 +1,5 @@
-"""Where a laptop keeps everything: one folder, `.driftmill` unless the environment says otherwise.
+"""Where a laptop keeps everything: one folder, `.driftmill` unless the environment says otherwise;
+and how many cores it has to offer.
 
 | variable | default | what |
 |---|---|---|
@@ -74,3 +75,8 @@ def find(folder: Path | None = None) -> Home:
         ledger_url=os.environ.get("DRIFTMILL_LEDGER", f"sqlite:///{root / 'ledger.db'}"),
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}"),
     )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -31,7 +31,7 @@ from typing import Any
 
 from driftmill import runs
 from driftmill.contract import Contract, ContractError, load
-from driftmill.home import Home, find
+from driftmill.home import Home, cores, find
 from driftmill.runs import Outcome
 from driftmill.store import Store
 from pipelines import code_version, progress
@@ -210,8 +210,7 @@ def _engine(
 def _threads(contract: Contract) -> int:
     """Threads that a step may compute with. KFP's local runner fits two families at a time; with
     more threads than cores, both wait for each other more than they compute."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    return max(1, cores // min(len(contract.train.candidates), 2))
+    return max(1, cores() // min(len(contract.train.candidates), 2))
 
 
 def _show(line: str, display: progress.Display, log: Any, *, verbose: bool) -> None:

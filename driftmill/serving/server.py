@@ -34,6 +34,7 @@ import numpy as np
 
 from driftmill import bundle, rollout
 from driftmill.bundle import Bundle, BundleError
+from driftmill.home import cores
 from driftmill.rollout import Rollout, RolloutConflict
 from driftmill.serving.codec import (
     JSON,
@@ -47,7 +48,6 @@ from driftmill.serving.codec import (
 from driftmill.serving.log import Label, Log, Prediction, Role, Schema, now_us
 from driftmill.serving.metrics import CONTENT_TYPE, Metrics
 from driftmill.serving.openapi import openapi
-from driftmill.serving.session import cores
 from driftmill.store import Store
 
 logger = logging.getLogger(__name__)

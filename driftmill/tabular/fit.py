@@ -29,7 +29,8 @@ from driftmill import features
 from driftmill.assemble import MODEL, RECORD
 from driftmill.contract import Contract
 from driftmill.data import prepare
-from driftmill.serving.session import Session, cores
+from driftmill.home import cores
+from driftmill.serving.session import Session
 from driftmill.tabular import candidates, export
 from driftmill.tabular.search import search
 

@@ -32,7 +32,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from driftmill.contract import Contract
 from driftmill.evaluate import metrics
 from driftmill.features import Signature
-from driftmill.serving.session import cores
+from driftmill.home import cores
 from driftmill.tabular import candidates
 
 log = logging.getLogger("driftmill")

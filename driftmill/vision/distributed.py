@@ -25,7 +25,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save, save_file
 
 from driftmill.contract import Image, Vision
-from driftmill.serving.session import cores
+from driftmill.home import cores
 from driftmill.store import Store, write_atomic
 from driftmill.vision import nets, trainer
 from driftmill.vision.checkpoints import Checkpoints
