@@ -294,27 +294,54 @@ def train(
     raise typer.Exit(code)
 
 
-@app.command("compile")
-def compile_package(
-    contract: ContractFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")] = Path(
-        "build"
-    ),
-) -> None:
-    """Write the pipeline package that a Kubeflow cluster takes, and the contract as JSON.
+# Clusters. Programs of their own answer these, so that the library needs no client of a cluster;
+# their options are theirs to describe.
 
-    Where several GPUs or nodes train one network, also a TrainJob for Kubeflow Trainer.
+_PASSED_ON = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
 
-    Example: driftmill compile contract.yaml -o build/
-    """
-    from driftmill.store import write_atomic
 
-    document = _load(contract)
-    command = [sys.executable, "-m", "pipelines.compile"]
-    code = _run([*command, "--contract", str(contract), "--output", str(output)], _home())
-    if code == OK:
-        text = json.dumps(json.loads(document.to_json()), indent=1)
-        write_atomic(output / "contract.json", f"{text}\n".encode())
+@app.command("compile", context_settings=_PASSED_ON)
+def compile_package(context: typer.Context) -> None:
+    """Write the pipeline package that a Kubeflow cluster takes."""
+    _pass_on("pipelines.compile", context)
+
+
+@app.command(context_settings=_PASSED_ON)
+def submit(context: typer.Context) -> None:
+    """Run the pipeline on a Kubeflow cluster and follow it."""
+    _pass_on("pipelines.submit", context)
+
+
+@app.command(context_settings=_PASSED_ON)
+def schedule(context: typer.Context) -> None:
+    """Run the pipeline on a Kubeflow cluster again and again."""
+    _pass_on("pipelines.schedule", context)
+
+
+@app.command(context_settings=_PASSED_ON)
+def images(context: typer.Context) -> None:
+    """Build the container images of steps and services."""
+    _pass_on("driftmill.images", context)
+
+
+@app.command(context_settings=_PASSED_ON)
+def cluster(context: typer.Context) -> None:
+    """Make, look at and remove a kind cluster with Kubeflow Pipelines."""
+    _pass_on("k8s.cluster", context)
+
+
+@app.command(context_settings=_PASSED_ON)
+def doctor(context: typer.Context) -> None:
+    """Compare what is installed, here and on a cluster, with what is supported."""
+    _pass_on("k8s.doctor", context)
+
+
+def _pass_on(module: str, context: typer.Context) -> NoReturn:
+    code = _run([sys.executable, "-m", module, *context.args], _home())
     raise typer.Exit(code)
 
 

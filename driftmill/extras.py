@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-#: Packages of the extra `vision`; all others come with `laptop`.
+#: Packages of the extra `vision`.
 VISION = {"torch", "torchvision", "safetensors", "onnxscript"}
+#: Packages of the extra `cluster`; all others come with `laptop`.
+CLUSTER = {"docker", "kubernetes", "s3fs"}
 
 
 def advice(error: ModuleNotFoundError) -> str | None:
     """What to install, in one sentence; None where the missing module is Driftmill's own."""
     package = (error.name or "").partition(".")[0]
-    if package in ("", "driftmill", "components", "pipelines", "services"):
+    if package in ("", "driftmill", "components", "pipelines", "services", "k8s"):
         return None
-    wanted = "laptop,vision" if package in VISION else "laptop"
+    wanted = "laptop,vision" if package in VISION else "cluster" if package in CLUSTER else "laptop"
     return f"this needs the package {package}; pip install 'driftmill[{wanted}]'"

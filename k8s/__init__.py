@@ -1,0 +1,1 @@
+"""The cluster side: manifests, and the commands that put them on a kind cluster and check it."""
