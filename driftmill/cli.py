@@ -270,6 +270,13 @@ def train(
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="Name of the run. Default: made from the time.")
     ] = None,
+    runner: Annotated[
+        str,
+        typer.Option(
+            "--runner",
+            help="Run the steps as processes (subprocess) or in the images of a cluster (docker).",
+        ),
+    ] = "subprocess",
     as_json: AsJson = False,
 ) -> None:
     """Train, judge and, if the new model is better, promote.
@@ -285,7 +292,7 @@ def train(
     home = _home()
     run_id = run_id or runs.new_id()
     command = [sys.executable, "-m", "pipelines.run", "--contract", str(contract)]
-    command += ["--run-id", run_id, "--trigger", "driftmill train"]
+    command += ["--run-id", run_id, "--trigger", "driftmill train", "--runner", runner]
     code = _run(command, home, quiet=as_json)
     if as_json:
         outcome = runs.read(home.store, document.model, run_id)
@@ -341,8 +348,7 @@ def doctor(context: typer.Context) -> None:
 
 
 def _pass_on(module: str, context: typer.Context) -> NoReturn:
-    code = _run([sys.executable, "-m", module, *context.args], _home())
-    raise typer.Exit(code)
+    raise typer.Exit(_run([sys.executable, "-m", module, *context.args], _home()))
 
 
 def _run(command: list[str], home: Home, quiet: bool = False) -> int:
@@ -380,7 +386,7 @@ def _run(command: list[str], home: Home, quiet: bool = False) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if received:
-        raise Problem("interrupted; the run was ended", 128 + received[0])
+        return 128 + received[0]  # what that means for its work, the program has said itself
     return code if code >= 0 else FAILED
 
 

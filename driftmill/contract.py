@@ -25,6 +25,7 @@ from pydantic import (
     GetJsonSchemaHandler,
     ValidationError,
     WithJsonSchema,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import JsonSchemaValue
@@ -115,6 +116,9 @@ Seconds = Annotated[
     ),
 ]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+#: Edges of the histogram of the service's latency, in seconds.
+LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 Timestamp = Annotated[datetime, AfterValidator(_as_utc)]
 
 
@@ -685,6 +689,25 @@ class Log(Section):
     """Keep each image as the model saw it. Without them, nothing can be learnt from the log."""
 
 
+class Slo(Section):
+    """What the service promises; alerts follow from it."""
+
+    availability: float = Field(0.999, gt=0.5, lt=1)
+    """Share of requests that must not fail by the service's fault (status 500 and above)."""
+    latency_ms: float = 100.0
+    """Time within which a request shall be answered: an edge of the latency histogram."""
+    latency: float = Field(0.99, gt=0.5, lt=1)
+    """Share of requests that must be answered within it."""
+
+    @field_validator("latency_ms")
+    @classmethod
+    def _edge(cls, value: float) -> float:
+        edges = [1000 * edge for edge in LATENCY_BUCKETS]
+        if value not in edges:
+            raise ValueError(f"latencies are counted up to {', '.join(f'{e:g}' for e in edges)} ms")
+        return value
+
+
 class Serve(Section):
     """How the model is served."""
 
@@ -704,6 +727,8 @@ class Serve(Section):
     """How a promoted model takes over."""
     log: Log = Log()
     """The inference log."""
+    slo: Slo = Slo()
+    """What the service promises."""
 
 
 class Monitor(Section):
@@ -726,6 +751,8 @@ class Monitor(Section):
     max_quality_loss: float | None = Field(None, ge=0)
     """Alarm when the metric, on labelled rows, is worse than the champion's on its test rows by
     more than this; null: no such alarm."""
+    labels_within: Seconds | None = 86400.0
+    """Alert when predictions are made and no label comes for so long; null: no such alert."""
     report_rows: int = Field(10_000, ge=100, le=10_000)
     """Most rows of a window that go into its Evidently report."""
     poll: Seconds = 1.0

@@ -21,13 +21,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 
+from driftmill.contract import LATENCY_BUCKETS
 from driftmill.rollout import Rollout
 from driftmill.serving.log import Log, Role
 
 #: Versions that keep their series.
 KEPT = 5
 
-_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SCORES = tuple(i / 20 for i in range(1, 21))
 
@@ -80,7 +80,7 @@ class Metrics:
             "model_request_duration_seconds",
             "Time from the first byte of a request to /predict until its answer is ready.",
             one,
-            buckets=_SECONDS,
+            buckets=LATENCY_BUCKETS,
             registry=add,
         ).labels(model)
         self.batch_rows = Histogram(
