@@ -411,6 +411,13 @@ def up(
     controller: Annotated[
         bool, typer.Option("--controller/--no-controller", help="Retrain when alarms come.")
     ] = True,
+    prometheus: Annotated[
+        bool,
+        typer.Option(
+            "--with-prometheus",
+            help="Also start Prometheus and Alertmanager, and let alarms come from them.",
+        ),
+    ] = False,
     wait: Annotated[
         float, typer.Option("--wait", help="Seconds until every process must answer.")
     ] = 120.0,
@@ -429,6 +436,7 @@ def up(
             ports={name: number for name, number in asked.items() if number is not None},
             monitor=monitor,
             controller=controller,
+            prometheus=prometheus,
             deadline=wait,
             say=say,
         )
@@ -1140,6 +1148,10 @@ def demo(
         Path | None, typer.Option("--output", "-o", help="The page. Default: in the home folder.")
     ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the stack running.")] = False,
+    prometheus: Annotated[
+        bool,
+        typer.Option("--with-prometheus", help="Let the alarm come from a real Alertmanager."),
+    ] = False,
 ) -> None:
     """Run the whole loop: train, serve, traffic, drift, alarm, retrain, promote.
 
@@ -1147,7 +1159,8 @@ def demo(
     """
     from driftmill.demo import main as run_demo
 
-    raise typer.Exit(run_demo(example, home=_home(), output=output, keep=keep))
+    code = run_demo(example, home=_home(), output=output, keep=keep, prometheus=prometheus)
+    raise typer.Exit(code)
 
 
 @app.command()

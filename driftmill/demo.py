@@ -105,6 +105,7 @@ def main(
     home: Home,
     output: Path | None = None,
     keep: bool = False,
+    prometheus: bool = False,
 ) -> int:
     """Run the demo of an example.
 
@@ -113,6 +114,7 @@ def main(
         home: where everything lies; a folder of the example's own below it is emptied first.
         output: the page; default `demo.html` in that folder.
         keep: leave the stack running afterwards.
+        prometheus: let the alarm come from Prometheus and Alertmanager instead of the monitor.
 
     Returns:
         0 if each stage really happened, 1 if not, 2 if the example or its contract is not usable.
@@ -132,7 +134,7 @@ def main(
     place.folder.mkdir(parents=True)
     try:
         document = contract.load(path)
-        return _run(console, document, path, example, place, output, keep)
+        return _run(console, document, path, example, place, output, keep, prometheus)
     except (ContractError, contract.ContractError) as error:
         Console(stderr=True).print(str(error), markup=False)
         return 2
@@ -168,6 +170,7 @@ def _run(
     home: Home,
     output: Path | None,
     keep: bool,
+    prometheus: bool,
 ) -> int:
     settings = SETTINGS[example]
     began = time.time()
@@ -181,8 +184,9 @@ def _run(
         f"{len(stream):,} rows will arrive as traffic; training the first model on what came before"
     )
     with _training(path, home) as training:
-        running = stack.up(path, home, ports=dict.fromkeys(stack.PORTS, 0))
-        say(f"service, monitor and controller are up ({len(running.services)} processes)")
+        ports = dict.fromkeys(stack.PORTS, 0)
+        running = stack.up(path, home, ports=ports, prometheus=prometheus)
+        say(f"{', '.join(running.services)} are up")
         if training.wait():
             log = (home.folder / "first-training.log").read_text()[-2000:]
             raise DemoError(f"the first training failed (exit {training.returncode}):\n{log}")

@@ -30,14 +30,21 @@ from typing import Any
 
 import psutil
 
+from driftmill import alerting, rollout
 from driftmill import contract as contracts
-from driftmill import rollout
 from driftmill.contract import Contract
 from driftmill.home import Home
 from driftmill.store import Store, write_atomic
 
-#: The services and the ports that they take if these are free.
-PORTS = {"service": 3000, "monitor": 3001, "controller": 3002}
+#: The services and the ports that they take if these are free. The last two, of which
+#: `driftmill.alerting` tells, only where they are asked for.
+PORTS = {
+    "service": 3000,
+    "monitor": 3001,
+    "controller": 3002,
+    "alertmanager": 9093,
+    "prometheus": 9090,
+}
 HOST = "127.0.0.1"
 #: Seconds that a service gets to finish its work before it is killed, and a training run.
 GRACE, RUN_GRACE = 15.0, 20.0
@@ -105,6 +112,7 @@ def up(
     ports: Mapping[str, int] | None = None,
     monitor: bool = True,
     controller: bool = True,
+    prometheus: bool = False,
     deadline: float = 120.0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Running:
@@ -119,17 +127,20 @@ def up(
             its usual port, or a free one if that is taken.
         monitor: whether to start the monitor.
         controller: whether to start the controller.
+        prometheus: whether to start Prometheus and Alertmanager, and let alarms come from them.
         deadline: seconds until all must answer.
         say: called with a line for each thing worth knowing.
 
     Raises:
         ContractError: the contract is not valid.
         StackError: a port is taken, a process died or did not answer in time, another contract's
-            stack runs in this home, or another command works on it.
+            stack runs in this home, another command works on it, or Prometheus is not installed.
     """
     path = contract_path.resolve()
     document = contracts.load(path)
     wanted = ["service", *(["monitor"] if monitor else []), *(["controller"] if controller else [])]
+    if prometheus:
+        wanted += _watchers(monitor and controller)
     with _lock(home), hold_signals() as stopped, ExitStack() as undo:
         known = services(home)
         running = {name: s for name, s in known.items() if _process(s) is not None}
@@ -145,8 +156,7 @@ def up(
             if name in known:
                 _end_orphans(known[name], home)
             offset = _rotate(home, name)
-            arguments = _arguments(name, document, path, home, chosen)
-            child = _start(name, _module(name, document), home, arguments)
+            child = _start(name, home, _command(name, document, path, home, chosen))
             processes[name] = child
             service = Service(
                 name=name,
@@ -166,7 +176,7 @@ def up(
         until = time.monotonic() + deadline
         for service, child, offset in children:
             # Without a first model the service is up, but has nothing to be ready with.
-            page = "/readyz" if has_model or service.name != "service" else "/livez"
+            page = _page(service.name) if has_model or service.name != "service" else "/livez"
             _await(service, child, page, until, stopped, offset)
             say(f"{service.name} answers at {service.url}")
         undo.pop_all()
@@ -226,7 +236,8 @@ def services(home: Home) -> dict[str, Service]:
 def status(home: Home) -> list[ServiceStatus]:
     """How each service is."""
     known = services(home)
-    return [_status(name, known.get(name)) for name in PORTS]
+    usual = set(PORTS) - set(alerting.PROGRAMS)
+    return [_status(name, known.get(name)) for name in PORTS if name in known or name in usual]
 
 
 def memory(home: Home) -> int:
@@ -400,16 +411,40 @@ def _token(home: Home) -> Path:
     return path
 
 
-def _arguments(
+def _watchers(complete: bool) -> list[str]:
+    """Alertmanager and Prometheus, in the order in which they start."""
+    if not complete:
+        raise StackError("Prometheus needs both monitor and controller; leave none of them out")
+    try:
+        for name in alerting.PROGRAMS:
+            alerting.program(name)
+    except alerting.MissingProgram as error:
+        raise StackError(str(error)) from None
+    return [name for name in PORTS if name in alerting.PROGRAMS]
+
+
+def _command(
     name: str, document: Contract, path: Path, home: Home, ports: Mapping[str, int]
 ) -> list[str]:
+    """What runs a service."""
+    if name in alerting.PROGRAMS:
+        return alerting.command(name, document, home, HOST, ports)
     arguments = ["--model", document.model] if name == "service" else ["--contract", str(path)]
     if name == "controller":
         arguments += ["--token-file", str(home.token_file)]
-    if name == "monitor" and "controller" in ports:
+    # With an Alertmanager, alarms take the way over Prometheus.
+    if name == "monitor" and "controller" in ports and "alertmanager" not in ports:
         webhook = f"http://{HOST}:{ports['controller']}/alerts"
         arguments += ["--webhook", webhook, "--token-file", str(home.token_file)]
-    return [*arguments, "--port", str(ports[name])]
+    module = f"services.{name}"
+    if name == "service":
+        module = "services.vision" if document.is_vision else "services.tabular"
+    return [sys.executable, "-m", module, *arguments, "--port", str(ports[name])]
+
+
+def _page(name: str) -> str:
+    """Where a service says whether it is ready."""
+    return "/-/ready" if name in alerting.PROGRAMS else "/readyz"
 
 
 def _rotate(home: Home, name: str) -> int:
@@ -423,14 +458,7 @@ def _rotate(home: Home, name: str) -> int:
     return size
 
 
-def _module(name: str, document: Contract) -> str:
-    """The module that a service runs."""
-    if name == "service":
-        return "services.vision" if document.is_vision else "services.tabular"
-    return f"services.{name}"
-
-
-def _start(name: str, module: str, home: Home, arguments: list[str]) -> subprocess.Popen[bytes]:
+def _start(name: str, home: Home, command: list[str]) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         **home.environment(),
@@ -442,7 +470,7 @@ def _start(name: str, module: str, home: Home, arguments: list[str]) -> subproce
     with (home.logs / f"{name}.log").open("ab") as log:
         # A session of its own: the terminal's Ctrl-C and hang-up do not reach it.
         return subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -620,7 +648,7 @@ def _status(name: str, service: Service | None) -> ServiceStatus:
         return ServiceStatus(name, "dead", service.pid, service.port, service.url)
     return ServiceStatus(
         name,
-        "ready" if _get(service.port, "/readyz") == 200 else "not ready",
+        "ready" if _get(service.port, _page(name)) == 200 else "not ready",
         service.pid,
         service.port,
         service.url,

@@ -95,7 +95,7 @@ def test_up_twice_a_service_killed_up_again_and_down_twice(
 ) -> None:
     first = stack.up(contract_file, home, ports=ANY)
     assert first.ready
-    assert set(first.services) == set(stack.PORTS)
+    assert set(first.services) == {"service", "monitor", "controller"}
     assert stat.S_IMODE(home.token_file.stat().st_mode) == 0o600
     assert [s.state for s in stack.status(home)] == ["ready"] * 3
     assert stack.memory(home) > 50 * 2**20
@@ -119,7 +119,7 @@ def test_up_twice_a_service_killed_up_again_and_down_twice(
     assert third.services["monitor"].port == first.services["monitor"].port
     assert third.services["monitor"].pid != first.services["monitor"].pid
 
-    assert sorted(stack.down(home)) == sorted(stack.PORTS)
+    assert sorted(stack.down(home)) == ["controller", "monitor", "service"]
     assert stack.down(home) == []
     assert processes_of(home) == []
     assert {s.state for s in stack.status(home)} == {"not started"}

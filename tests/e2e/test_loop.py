@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,12 @@ import httpx
 import psutil
 import pytest
 
+from driftmill import alerting, rollout, runs, stack
 from driftmill import home as homes
-from driftmill import rollout, runs, stack
 from driftmill.contract import load
 from driftmill.data import sources
 from driftmill.home import Home
+from driftmill.monitor import dashboards
 from driftmill.replay import records
 from driftmill.retrain.ledger import Ledger
 
@@ -80,18 +82,57 @@ def home(tmp_path: Path) -> Iterator[Home]:
     assert processes_of(place.folder) == []
 
 
-@pytest.mark.parametrize("example", ["payments", "digits"])
-def test_drift_one_run_promotion_and_not_one_failed_request(tmp_path: Path, example: str) -> None:
+def test_drift_one_run_promotion_and_not_one_failed_request(tmp_path: Path) -> None:
     """The demo: it exits 0 only if every stage happened, and it says which."""
-    done = subprocess.run(
-        [sys.executable, "-m", "driftmill", "demo", example],
-        env={**os.environ, "DRIFTMILL_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    command = [sys.executable, "-m", "driftmill", "demo", "digits"]
+    environment = {**os.environ, "DRIFTMILL_HOME": str(tmp_path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / f"demo-{example}"
+    check_demo(tmp_path, "digits")
+
+
+def test_the_same_by_a_real_prometheus_and_alertmanager(tmp_path: Path) -> None:
+    """Where they are installed: alarms come from them, and every query of the dashboards finds
+    something."""
+    installed = all(map(shutil.which, ("prometheus", "promtool"))) and any(
+        map(shutil.which, alerting.PROGRAMS["alertmanager"])
+    )
+    option = ["--with-prometheus"] if installed else []
+    command = [sys.executable, "-m", "driftmill", "demo", "payments", *option]
+    environment = {**os.environ, "DRIFTMILL_HOME": str(tmp_path)}
+    log = tmp_path / "demo.log"
+    pages = (dashboards.model("payments"), dashboards.overview())
+    unanswered = {q for page in pages for q in dashboards.queries(page, "payments")}
+    with log.open("w") as output:
+        demo = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        place = homes.find(tmp_path / "demo-payments")
+        while demo.poll() is None:
+            if installed and (url := stack.address(place, "prometheus")) is not None:
+                unanswered -= {q for q in unanswered if answer(url, q)}
+            time.sleep(1.0)
+    assert demo.returncode == 0, log.read_text()
+    check_demo(tmp_path, "payments")
+    if not installed:
+        pytest.skip("the demo passed, without prometheus and prometheus-alertmanager")
+    assert unanswered == set()
+
+
+def answer(url: str, query: str) -> list[dict[str, object]]:
+    """What Prometheus says to a query; nothing while it starts or ends."""
+    try:
+        said = httpx.get(f"{url}/api/v1/query", params={"query": query}, timeout=10.0)
+    except httpx.TransportError:
+        return []
+    if said.status_code == 503:
+        return []
+    assert said.status_code == 200, f"{query}: {said.text}"
+    found: list[dict[str, object]] = said.json()["data"]["result"]
+    return found
+
+
+def check_demo(home: Path, example: str) -> None:
+    """What a demo that went well leaves behind."""
+    folder = home / f"demo-{example}"
     summary = json.loads((folder / "demo.json").read_text())
     assert summary["failed"] == 0
     assert len(summary["versions"]) == 2
@@ -100,7 +141,7 @@ def test_drift_one_run_promotion_and_not_one_failed_request(tmp_path: Path, exam
     assert page.count("<svg") == 3
     assert "http-equiv" not in page
     assert 'src="http' not in page
-    assert processes_of(tmp_path) == []
+    assert processes_of(home) == []
     # What it leaves is a store that the next command accepts.
     store = homes.find(folder).store
     assert [r.champion for r in rollout.history(store, example)] == summary["versions"]
