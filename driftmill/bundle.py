@@ -42,6 +42,7 @@ from driftmill.features import EMBEDDING, IMAGE, Signature
 from driftmill.home import cores
 from driftmill.serving.session import Session
 from driftmill.store import Store, sha256, write_atomic
+from driftmill.version import code_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -329,7 +330,7 @@ def locate(store: Store, model: str, version: str, cache: Path | None = None) ->
         BundleError: it is not there.
     """
     try:
-        return store.get_folder(key(model, version), cache or Path(_cache().name))
+        return store.get_folder(key(model, version), cache or Path(_cache().name), MANIFEST)
     except FileNotFoundError:
         raise BundleError(f"{model} has no version {version} in {store.uri}") from None
 
@@ -337,11 +338,6 @@ def locate(store: Store, model: str, version: str, cache: Path | None = None) ->
 @functools.cache
 def _cache() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="driftmill-bundles-")
-
-
-def code_version() -> str:
-    """The version of Driftmill that runs."""
-    return installed_version("driftmill")
 
 
 def _batches(frame: pd.DataFrame) -> Iterator[pd.DataFrame]:

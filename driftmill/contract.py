@@ -122,6 +122,13 @@ LATENCY_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0
 Timestamp = Annotated[datetime, AfterValidator(_as_utc)]
 
 
+def _without_account(uri: str) -> str:
+    """The contract travels in parameters and logs, where a password must not be."""
+    if re.match(r"[a-z0-9+.-]+://[^/]*@", uri):
+        raise ValueError("a URI with credentials; leave them out and put them into the environment")
+    return uri
+
+
 class Section(BaseModel):
     """Base of every part of the contract: frozen, no unknown keys, no infinities."""
 
@@ -203,6 +210,11 @@ class Source(Section):
         if self.uri.startswith("https:") and self.sha256 is None:
             raise ValueError("an https: source needs the file's sha256")
         return self
+
+    @field_validator("uri")
+    @classmethod
+    def _names_no_account(cls, uri: str) -> str:
+        return _without_account(uri)
 
 
 class Column(Section):
@@ -497,7 +509,8 @@ class Toleration(Section):
 
 
 class Resources(Section):
-    """What a training step asks of its node; unused on a laptop."""
+    """What the steps ask of a cluster; unused on a laptop. GPUs and the choice of nodes are for
+    training alone."""
 
     cpu: str = Field("1", pattern=r"^\d+(\.\d+)?m?$")
     """CPU cores, as in Kubernetes."""
@@ -519,6 +532,11 @@ class Resources(Section):
     """Size of `/dev/shm` of a step with GPUs, taken from `memory`."""
     spot: bool = False
     """Whether a step may run on a node that can be taken away."""
+    timeout: Annotated[Seconds, Field(ge=60)] = 86400.0
+    """Time after which an attempt of a step is ended; the time that it waits for a node does not
+    count."""
+    queue: str | None = Field(None, pattern="^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
+    """Kueue's LocalQueue that steps which prepare, train and judge wait in; null: none."""
 
     @property
     def distributed(self) -> bool:
@@ -620,6 +638,8 @@ class Train(Section):
     """Learn from at most this many of the newest rows; null: from all."""
     seed: int = 0
     """Seed of everything random; the same seed and data give the same model."""
+    cache: bool = True
+    """Take an earlier fit from the store where rows, settings and code are the same."""
     resources: Resources = Resources()
     """What a step asks of its node."""
 
@@ -692,11 +712,11 @@ class Log(Section):
 class Slo(Section):
     """What the service promises; alerts follow from it."""
 
-    availability: float = Field(0.999, gt=0.5, lt=1)
+    availability: float = Field(0.999, ge=0.95, lt=1)
     """Share of requests that must not fail by the service's fault (status 500 and above)."""
     latency_ms: float = 100.0
     """Time within which a request shall be answered: an edge of the latency histogram."""
-    latency: float = Field(0.99, gt=0.5, lt=1)
+    latency: float = Field(0.99, ge=0.95, lt=1)
     """Share of requests that must be answered within it."""
 
     @field_validator("latency_ms")
@@ -815,6 +835,11 @@ class Tracking(Section):
     """`mlflow` or nothing."""
     uri: str | None = None
     """MLflow tracking URI; null: `$MLFLOW_TRACKING_URI`, else a SQLite file beside the store."""
+
+    @field_validator("uri")
+    @classmethod
+    def _names_no_account(cls, uri: str | None) -> str | None:
+        return None if uri is None else _without_account(uri)
 
 
 _DEFAULT_METRICS: dict[str, str] = {

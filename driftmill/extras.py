@@ -4,8 +4,8 @@ from __future__ import annotations
 
 #: Packages of the extra `vision`.
 VISION = {"torch", "torchvision", "safetensors", "onnxscript"}
-#: Packages of the extra `cluster`; all others come with `laptop`.
-CLUSTER = {"docker", "kubernetes", "s3fs"}
+#: Packages of the extra `cluster`, and of `s3`; all others come with `laptop`.
+CLUSTER, S3 = {"docker", "kubernetes"}, {"botocore"}
 
 
 def advice(error: ModuleNotFoundError) -> str | None:
@@ -14,4 +14,5 @@ def advice(error: ModuleNotFoundError) -> str | None:
     if package in ("", "driftmill", "components", "pipelines", "services", "k8s"):
         return None
     wanted = "laptop,vision" if package in VISION else "cluster" if package in CLUSTER else "laptop"
+    wanted = "s3" if package in S3 else wanted
     return f"this needs the package {package}; pip install 'driftmill[{wanted}]'"

@@ -7,6 +7,8 @@ and how many cores it has to offer.
 | `DRIFTMILL_STORE` | `<home>/store` | store: folder, `s3://` or `gs://` |
 | `DRIFTMILL_LEDGER` | `sqlite:///<home>/ledger.db` | SQLAlchemy URL of the controller's ledger |
 | `MLFLOW_TRACKING_URI` | `sqlite:///<home>/mlflow.db` | where runs are recorded |
+
+Who may use them stands in other variables, which `docs/storage.md` names.
 """
 
 from __future__ import annotations
@@ -78,5 +80,8 @@ def find(folder: Path | None = None) -> Home:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Cores that this process may use: as many as `DRIFTMILL_CORES` says, which a pod of a pipeline
+    sets to what it has asked for, or all."""
+    if asked := os.environ.get("DRIFTMILL_CORES"):
+        return max(1, int(asked))
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ from driftmill.store import Store
 if TYPE_CHECKING:
     from driftmill.evaluate.gates import Verdict
     from driftmill.runs import Outcome
+
+#: Seconds that a step waits for a store that does not answer.
+PATIENCE = 120.0
 
 
 def prepare(contract: str, store: str, run_id: str, out: str | Path) -> dict[str, float]:
@@ -42,7 +46,7 @@ def prepare(contract: str, store: str, run_id: str, out: str | Path) -> dict[str
     Raises:
         StoppedByData: the source cannot be read, or too many rows are bad.
     """
-    asked, place, folder = _read(contract), Store(store), _folder(out)
+    asked, place, folder = _read(contract), _reach(store), _folder(out)
     with runs.step(place, asked.model, run_id, "prepare") as step:
         from driftmill.data.prepare import prepare as prepare_data
         from driftmill.data.sources import DataError
@@ -65,21 +69,49 @@ def prepare(contract: str, store: str, run_id: str, out: str | Path) -> dict[str
 def fit(
     contract: str, store: str, run_id: str, family: str, data: str | Path, out: str | Path
 ) -> dict[str, float]:
-    """Search, train and export one candidate family; returns its score and time, to show."""
-    asked, place, folder = _read(contract), Store(store), _folder(out)
+    """Search, train and export one candidate family, unless the store has the same fit already.
+
+    Args:
+        contract: the contract, as JSON.
+        store: URI of the store.
+        run_id: which run this is.
+        family: the candidate.
+        data: folder of the prepared table.
+        out: folder for the fit.
+
+    Returns:
+        Its score and the seconds that the training took, to show.
+    """
+    asked, place, folder = _read(contract), _reach(store), _folder(out)
     with runs.step(place, asked.model, run_id, "fit", family) as step:
-        if asked.is_vision:
-            from driftmill.vision import job
-            from driftmill.vision.fit import fit as fit_network
+        from driftmill import cache
+        from driftmill.assemble import RECORD
 
-            taken = job.take(asked, family, Path(data), folder, place)
-            result = taken or fit_network(asked, family, Path(data), folder, place)
-        else:
-            from driftmill.tabular.fit import fit as fit_family
-
-            result = fit_family(asked, family, Path(data), folder)
+        kept = cache.key(asked, family, Path(data))
+        # What a TrainJob has fitted lies in the same place.
+        together = asked.is_vision and asked.train.resources.distributed
+        cached = (asked.train.cache or together) and cache.take(place, kept, folder)
+        if not cached:
+            if together:
+                print(f"no TrainJob has fitted {family} on this data: it is fitted here")
+            _fit(asked, family, Path(data), folder, place)
+            if asked.train.cache:
+                cache.keep(place, kept, folder)
+        result = json.loads((folder / RECORD).read_bytes())
         step.facts.update({k: result[k] for k in ("score", "score_std", "seconds", "params")})
+        step.facts["cached"] = cached
     return {"score": float(result["score"]), "seconds": float(result["seconds"])}
+
+
+def _fit(contract: Contract, family: str, data: Path, out: Path, store: Store) -> None:
+    if contract.is_vision:
+        from driftmill.vision.fit import fit as fit_network
+
+        fit_network(contract, family, data, out, store)
+    else:
+        from driftmill.tabular.fit import fit as fit_family
+
+        fit_family(contract, family, data, out)
 
 
 def assemble(
@@ -91,7 +123,7 @@ def assemble(
     out: str | Path,
 ) -> None:
     """Pick the best candidate and write it as a bundle into `out`."""
-    asked, place, folder = _read(contract), Store(store), _folder(out)
+    asked, place, folder = _read(contract), _reach(store), _folder(out)
     with runs.step(place, asked.model, run_id, "assemble") as step:
         from driftmill.assemble import assemble as assemble_bundle
 
@@ -122,7 +154,7 @@ def judge(
     Returns:
         The verdict. It and the report also go into the run's folder.
     """
-    asked, place = _read(contract), Store(store)
+    asked, place = _read(contract), _reach(store)
     with runs.step(place, asked.model, run_id, "judge") as step:
         from driftmill import bundle
         from driftmill.data.prepare import read
@@ -153,7 +185,7 @@ def judge(
 def promote(contract: str, store: str, run_id: str, folder: str | Path) -> None:
     """Put the bundle into the store and let it serve, unless the rollout has changed since the
     model was judged. Doing it again changes nothing."""
-    asked, place = _read(contract), Store(store)
+    asked, place = _read(contract), _reach(store)
     with runs.step(place, asked.model, run_id, "promote") as step:
         from driftmill import bundle
 
@@ -207,7 +239,7 @@ def record(
         code_version: which Driftmill compiled the pipeline.
         failure: what the pipeline says went wrong, if anything.
     """
-    asked, place = _read(contract), Store(store)
+    asked, place = _read(contract), _reach(store)
     with runs.step(place, asked.model, run_id, "record") as step:
         outcome = runs.conclude(
             place,
@@ -230,6 +262,24 @@ def record(
 def _read(contract: str) -> Contract:
     # Not `parse`: reading it as YAML, which a person's file is, would take fifty times as long.
     return Contract.model_validate_json(contract)
+
+
+def _reach(uri: str) -> Store:
+    """The store, once it answers. On a cluster a pod may run some seconds before its network does,
+    and a step that fails by itself is not tried again there."""
+    store = Store(uri)
+    if store.folder is not None:
+        return store
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            store.exists("any/rollout")
+        except (ConnectionError, TimeoutError):
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
+        else:
+            return store
 
 
 def _folder(path: str | Path) -> Path:

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import tempfile
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,12 @@ RUN, VERSION = "driftmill.run_id", "driftmill.version"
 #: The registry's aliases, named as in the rollout.
 CHAMPION, CHALLENGER = "champion", "challenger"
 
+#: Seconds after which no further request begins.
+PATIENCE = 120
 #: A tracking server that is down must not hold a run up: few tries, short ones.
 _QUICK = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "DO_NOT_TRACK": "true",
@@ -36,10 +41,12 @@ _QUICK = {
 
 def uri(contract: Contract, store: Store) -> str | None:
     """Where runs are recorded: the contract's URI, else `$MLFLOW_TRACKING_URI`, else a SQLite file
-    beside the store's folder; None where nothing is recorded."""
-    if contract.tracking.backend == "none":
+    beside the store's folder; None where nothing is recorded, or another process does it
+    (`MLFLOW_TRACKING_URI=none`)."""
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if contract.tracking.backend == "none" or given == "none":
         return None
-    named = contract.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    named = contract.tracking.uri or given
     if named or store.folder is None:
         return named or None
     return f"sqlite:///{store.folder.parent / 'mlflow.db'}"
@@ -77,12 +84,40 @@ def _attempt(contract: Contract, store: Store, work: Callable[[Any], str]) -> st
         os.environ.setdefault(name, value)
     mlflow = importlib.import_module("mlflow")
     exceptions = importlib.import_module("mlflow.exceptions")
+    # MLflow tries a database that cannot be opened ten times, for almost two minutes.
+    databases: Any = importlib.import_module("mlflow.store.db.utils")
+    databases.MAX_RETRY_COUNT = 2
     try:
-        client = mlflow.MlflowClient(place, registry_uri=place)
-        return work(client)
+        return work(_Hasty(mlflow.MlflowClient(place, registry_uri=place)))
     # Connection errors of `requests` are OSErrors; whatever else a server says is MLflow's own.
-    except (exceptions.MlflowException, OSError) as error:
-        return f"unavailable: {' '.join(str(error).split())[:300]}"
+    except (exceptions.MlflowException, OSError, ImportError, *_let_through()) as error:
+        said = re.sub(r"//[^/@\s]+@", "//", " ".join(str(error).split()))  # no passwords of URLs
+        return f"unavailable: {said[:300]}"
+
+
+class _Hasty:
+    """A client that begins nothing more when its time is up; each request has its own limit."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._until = time.monotonic() + PATIENCE
+
+    def __getattr__(self, name: str) -> Any:
+        if time.monotonic() > self._until:
+            raise TimeoutError(f"the tracking server is slow: not done after {PATIENCE} seconds")
+        return getattr(self._client, name)
+
+
+def _let_through() -> tuple[type[Exception], ...]:
+    """What MLflow passes on as it is: of a database that it opens itself, and of S3 where artifacts
+    do not go by way of the server."""
+    names = ["sqlalchemy.exc.SQLAlchemyError", "boto3.exceptions.Boto3Error"]
+    names += ["botocore.exceptions.BotoCoreError", "botocore.exceptions.ClientError"]
+    found = []
+    for module, _, name in (full.rpartition(".") for full in names):
+        with suppress(ImportError):
+            found.append(getattr(importlib.import_module(module), name))
+    return tuple(found)
 
 
 def _record(client: Any, contract: Contract, store: Store, outcome: Outcome) -> str:
@@ -164,7 +199,8 @@ def _register(client: Any, contract: Contract, store: Store, outcome: Outcome, r
     from driftmill import bundle
 
     with tempfile.TemporaryDirectory() as folder:
-        source = store.get_folder(bundle.key(contract.model, outcome.version), Path(folder))
+        place = bundle.key(contract.model, outcome.version)
+        source = store.get_folder(place, Path(folder), bundle.MANIFEST)
         saved = Path(folder) / "model"
         _save(source / "model.onnx", saved)
         client.log_artifacts(run_id, str(saved), "model")

@@ -116,7 +116,7 @@ class Ticker:
             except _LATER as error:
                 self._controller.metrics.tick_failures.labels(self._controller.model).inc()
                 if self.problem != str(error):
-                    logger.exception("a tick was not finished")
+                    logger.error("a tick was not finished: %s", error, exc_info=_unexpected(error))
                 self.problem = str(error)
             if not self._stopped:
                 try:
@@ -239,11 +239,16 @@ def _limit(request: Request) -> int:
     return int(text)
 
 
+def _unexpected(error: Exception) -> bool:
+    """Whether a traceback helps; a store that is away says what is wrong by itself."""
+    return not isinstance(error, OSError)
+
+
 async def _later(call: Callable[[], T]) -> T:
     try:
         return await run_in_threadpool(call)
     except _LATER as error:
-        logger.exception("a request was not answered")
+        logger.error("a request was not answered: %s", error, exc_info=_unexpected(error))
         raise _Refusal(503, f"ledger or store cannot be used at present: {error}") from None
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from onnx import TensorProto, helper
 
 from driftmill import bundle, contract, features
 from driftmill.store import Store
+from tests.postgres import server as postgres_server
 
 CONTRACT = """
 apiVersion: driftmill/v1
@@ -40,6 +42,87 @@ def tiny() -> contract.Contract:
 def store(tmp_path: Path) -> Store:
     """An empty store in a folder."""
     return Store(tmp_path / "store")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """URL of a Postgres server of our own, without a database name."""
+    with postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    """Endpoint of an S3 server written in Python."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+#: The key of moto, which takes any; recognisable, should it turn up where it must not.
+MOTO_KEY = ("KEYOFTHETESTS", "secret-of-the-tests")
+
+
+def place_on_s3(endpoint: str, monkeypatch: pytest.MonkeyPatch, key: tuple[str, str]) -> str:
+    """URI of an empty place at an S3 server, which the environment then names."""
+    from driftmill import s3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    monkeypatch.setenv("AWS_REGION", os.environ.get("AWS_REGION", "us-east-1"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", key[0])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", key[1])
+    s3._client.cache_clear()
+    client = s3.connect()
+    if all(b["Name"] != "driftmill-test" for b in client.list_buckets()["Buckets"]):
+        client.create_bucket(Bucket="driftmill-test")
+    return f"s3://driftmill-test/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def s3_moto(moto: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URI of an empty place in moto."""
+    from driftmill import s3
+
+    yield place_on_s3(moto, monkeypatch, MOTO_KEY)
+    s3._client.cache_clear()
+
+
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URI of an empty place at the S3 server that `DRIFTMILL_TEST_S3` names."""
+    endpoint = os.environ.get("DRIFTMILL_TEST_S3")
+    if not endpoint:
+        pytest.skip("DRIFTMILL_TEST_S3 names no S3 server")
+    key = (os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
+    from driftmill import s3
+
+    uri = place_on_s3(endpoint, monkeypatch, key)
+    yield uri
+    store = Store(uri)
+    for name in store.list(""):
+        store.delete(name)
+    s3._client.cache_clear()
+
+
+@pytest.fixture(params=["moto", "server"])
+def s3_uri(request: pytest.FixtureRequest) -> str:
+    """URI of an empty place on S3, once in moto and once at a server of the user's."""
+    uri: str = request.getfixturevalue(f"s3_{request.param}")
+    return uri
+
+
+@pytest.fixture(params=["folder", "memory", "moto", "server"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    """An empty store, once of each kind."""
+    if request.param == "folder":
+        return Store(tmp_path / "any")
+    if request.param == "memory":
+        return Store(f"memory://{uuid.uuid4().hex}")
+    return Store(request.getfixturevalue(f"s3_{request.param}"))
 
 
 @pytest.fixture

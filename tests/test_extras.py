@@ -58,6 +58,7 @@ steps.record(*run, "test", "0")
     [
         ("pandas", "this needs the package pandas; pip install 'driftmill[laptop]'"),
         ("torch.nn", "this needs the package torch; pip install 'driftmill[laptop,vision]'"),
+        ("botocore.session", "this needs the package botocore; pip install 'driftmill[s3]'"),
         ("driftmill.nothing", None),
         ("services.nothing", None),
     ],
@@ -72,8 +73,9 @@ import sys
 sys.modules["torch"] = None
 from driftmill import contract, steps
 asked = contract.parse(sys.argv[2]).to_json()
-steps.fit(asked, sys.argv[1], "r1", "mlp", "nowhere", sys.argv[1])
+steps.fit(asked, sys.argv[1], "r1", "mlp", sys.argv[1], sys.argv[1])
 """
+    (tmp_path / "dataset.json").write_text('{"fingerprint": "of rows"}')
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path), IMAGES], capture_output=True, text=True
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,32 @@ def test_a_source_that_is_not_there_stops_the_run(store: Store, tmp_path: Path) 
     outcome = steps.record(contract.to_json(), store.uri, "r1", "test", "1")
     assert outcome.state == "stopped"
     assert "rows.csv" in outcome.reason
+
+
+def test_a_store_that_does_not_answer_yet_is_waited_for(
+    tiny: Contract, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a pod whose network comes some moments after it."""
+    store, looks = Store(tmp_path / "bucket"), itertools.count()
+
+    class Remote(Store):
+        def __init__(self, uri: str) -> None:
+            super().__init__(store.uri)
+            self.folder = None
+
+        def exists(self, key: str) -> bool:
+            if next(looks) < 2:
+                raise ConnectionError("the store s3://bucket cannot be reached")
+            return super().exists(key)
+
+    monkeypatch.setattr(steps, "Store", Remote)
+    outcome = steps.record(tiny.to_json(), "s3://bucket", "r1", "test", "1")
+    assert next(looks) > 2
+    assert runs.read(store, "tiny", "r1") == outcome
+    monkeypatch.setattr(steps, "PATIENCE", 0.0)
+    looks = itertools.count(-100)
+    with pytest.raises(ConnectionError):
+        steps.record(tiny.to_json(), "s3://bucket", "r1", "test", "1")
 
 
 @pytest.mark.slow

@@ -9,20 +9,9 @@ import sys
 import threading
 from pathlib import Path
 
-import fsspec
 import pytest
 
 from driftmill.store import Store, sha256
-
-
-def memory_store() -> Store:
-    fsspec.filesystem("memory").store.clear()
-    return Store("memory://bucket")
-
-
-@pytest.fixture(params=["folder", "memory"])
-def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return Store(tmp_path / "s") if request.param == "folder" else memory_store()
 
 
 def test_write_read_list_delete(any_store: Store) -> None:
@@ -82,11 +71,11 @@ def test_folders(any_store: Store, tmp_path: Path) -> None:
     any_store.put_folder(folder, "m/bundles/1", "manifest.json")
     (folder / "sub" / "x").write_text("changed")
     any_store.put_folder(folder, "m/bundles/1", "manifest.json")  # it is there: nothing happens
-    got = any_store.get_folder("m/bundles/1", tmp_path / "cache")
+    got = any_store.get_folder("m/bundles/1", tmp_path / "cache", "manifest.json")
     assert (got / "sub" / "x").read_text() == "x"
     assert (got / "manifest.json").read_text() == "{}"
     with pytest.raises(FileNotFoundError):
-        any_store.get_folder("m/bundles/2", tmp_path / "cache")
+        any_store.get_folder("m/bundles/2", tmp_path / "cache", "manifest.json")
 
 
 def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
@@ -111,6 +100,43 @@ def test_a_killed_writer_leaves_the_old_content(tmp_path: Path) -> None:
     assert len(content) == 100_000
     assert len(set(content)) == 1
     assert store.list("m") == ["m/x"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "moto", "server"])
+def test_a_killed_writer_leaves_no_folder(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    """A folder that was half put counts as absent, and can be put again."""
+    uri = str(tmp_path / "s") if kind == "folder" else request.getfixturevalue(f"s3_{kind}")
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for n in range(300):
+        (folder / f"a{n:03d}").write_bytes(b"0" * 100_000)
+    (folder / "manifest.json").write_text("{}")
+    code = (
+        "import sys; from pathlib import Path; from driftmill.store import Store\n"
+        "s = Store(sys.argv[1]); print(flush=True)\n"
+        "s.put_folder(Path(sys.argv[2]), 'm/b/1', 'manifest.json')\n"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, uri, str(folder)], stdout=subprocess.PIPE, text=True
+    )
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    store = Store(uri)
+    while not any(tmp_path.glob("s/m/b/.tmp-*/folder/a*")) and not store.list("m"):
+        assert writer.poll() is None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.wait()
+    assert not store.exists("m/b/1/manifest.json")
+    if kind == "folder":
+        assert store.list("m") == []  # the rest of it is nobody's
+    with pytest.raises(FileNotFoundError):
+        store.get_folder("m/b/1", tmp_path / "none", "manifest.json")
+
+    store.put_folder(folder, "m/b/1", "manifest.json")
+    got = store.get_folder("m/b/1", tmp_path / "copy", "manifest.json")
+    assert len(list(got.iterdir())) == 301
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ import pandas as pd
 from driftmill.contract import Contract, Csv, Source, did_you_mean
 from driftmill.data import schema, simulate
 from driftmill.data.schema import DataError
-from driftmill.store import sha256
+from driftmill.store import Store, sha256
 
 __all__ = ["DataError", "load", "read", "stream"]
 
@@ -256,8 +256,7 @@ def _fetch(url: str, path: Path) -> None:
 
 def _object(source: Source, scheme: str) -> Path:
     """A copy of an object of a bucket. Without a digest it is fetched anew each time."""
-    import fsspec
-
+    place, _, name = source.uri.rpartition("/")
     key = source.sha256 or hashlib.sha256(source.uri.encode()).hexdigest()
     path = cache_folder() / key / PurePosixPath(source.uri).name
     if source.sha256 and path.is_file() and sha256(path) == source.sha256:
@@ -266,13 +265,14 @@ def _object(source: Source, scheme: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
         temporary = Path(folder) / path.name
         try:
-            filesystem, key = fsspec.core.url_to_fs(source.uri)
-            filesystem.get_file(key, str(temporary))
+            Store(place).get_file(name, temporary)
         except ImportError:
             raise DataError(
                 f"{source.uri} needs the extra {scheme!r}: pip install 'driftmill[{scheme}]'"
             ) from None
-        except OSError as error:
+        except FileNotFoundError:
+            raise DataError(f"{source.uri} does not exist; check data.source.uri") from None
+        except (OSError, ValueError) as error:
             raise DataError(f"{source.uri} cannot be read: {error}") from None
         check_digest(temporary, source, source.uri)
         temporary.replace(path)

@@ -26,8 +26,8 @@ from pathlib import Path
 from croniter import croniter
 from pydantic import ValidationError
 
-from driftmill import bundle, rollout, runs
 from driftmill import contract as contracts
+from driftmill import rollout, runs
 from driftmill.contract import Contract, ContractError
 from driftmill.retrain import alerts
 from driftmill.retrain.fresh import FreshRows
@@ -37,6 +37,7 @@ from driftmill.retrain.policy import Trigger, span
 from driftmill.retrain.runner import BeingStarted, LocalRunner, Process, RunnerError
 from driftmill.rollout import Rollout, RolloutConflict
 from driftmill.store import Store
+from driftmill.version import code_version
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +257,7 @@ class Controller:
             self.model,
             run.run_id,
             trigger=run.trigger,
-            code_version=bundle.code_version(),
+            code_version=code_version(),
             failure=failure,
         )
         self._end(run, outcome.state, outcome.reason, outcome.version, outcome.ended)

@@ -17,13 +17,14 @@ import numpy as np
 import torch.distributed as dist
 from safetensors.torch import save
 
-from driftmill import bundle, features, runs
+from driftmill import features, runs
 from driftmill.assemble import MODEL, RECORD, WEIGHTS
 from driftmill.contract import Contract
 from driftmill.data import prepare, split
 from driftmill.evaluate import metrics
 from driftmill.serving.session import Session
 from driftmill.store import Store, write_atomic
+from driftmill.version import code_digest
 from driftmill.vision import diagnose, distributed, export, nets, trainer
 from driftmill.vision.checkpoints import Checkpoints
 from driftmill.vision.nets import Net
@@ -165,7 +166,7 @@ def _train(
             "labels": labels,
             "settings": settings.model_dump(mode="json", exclude={"seeds", "diagnostics"}),
             "seed": seed,
-            "code": bundle.code_version(),
+            "code": code_digest(),
         },
     )
 

@@ -11,26 +11,21 @@ in the cluster.
 | in the store | what |
 |---|---|
 | `<model>/jobs/<job>/data/` | the prepared data, while the job runs |
-| `<model>/fits/<digest>/` | a fit's folder; the digest is of all that its result depends on |
+| `<model>/cache/fit/<key>/` | the fit, under a key of all that its result depends on |
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import os
-import shutil
 import tempfile
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from driftmill.assemble import RECORD
-from driftmill.bundle import code_version
+from driftmill import cache
 from driftmill.contract import Contract
 from driftmill.data import prepare
 from driftmill.store import Store
@@ -62,42 +57,6 @@ def main(arguments: list[str] | None = None) -> None:
         dist.destroy_process_group()
 
 
-def take(
-    contract: Contract, family: str, data: Path, out: Path, store: Store
-) -> dict[str, Any] | None:
-    """Copy the fit of a TrainJob on the same data into `out`; returns the content of `fit.json`,
-    None where the contract asks for no TrainJob, or none has fitted this."""
-    if not contract.train.resources.distributed:
-        return None
-    place = key(contract, family, data)
-    if not store.exists(f"{place}/{RECORD}"):
-        print(f"no TrainJob has fitted {family} on this data: it is fitted here", flush=True)
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(store.get_folder(place, Path(folder)), out, dirs_exist_ok=True)
-    result: dict[str, Any] = json.loads((out / RECORD).read_bytes())
-    return result
-
-
-def key(contract: Contract, family: str, data: Path) -> str:
-    """Where a fit lies in the store.
-
-    Args:
-        contract: what was asked for.
-        family: the candidate.
-        data: folder of the prepared data.
-    """
-    identity = {
-        "data": json.loads((data / DATASET).read_bytes())["fingerprint"],
-        "family": family,
-        "train": contract.train.model_dump(mode="json", exclude={"resources", "candidates"}),
-        "columns": contract.data.model_dump(mode="json", include={"image", "target"}),
-        "code": code_version(),
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return f"{contract.model}/fits/{digest[:32]}"
-
-
 def _fit(contract: Contract, family: str, store: Store, job: str) -> None:
     first = dist.get_rank() == 0
     shared = f"{contract.model}/jobs/{job}/data"
@@ -107,13 +66,13 @@ def _fit(contract: Contract, family: str, store: Store, job: str) -> None:
     # One copy a node, for all its processes.
     node = Path(tempfile.gettempdir()) / f"driftmill-{job}"
     if os.environ["LOCAL_RANK"] == "0":
-        store.get_folder(shared, node)
+        store.get_folder(shared, node, DATASET)
     dist.barrier()
     data = store.folder / shared if store.folder is not None else node / shared
     with tempfile.TemporaryDirectory() as folder:
         fit(contract, family, data, Path(folder), store)
         if first:
-            store.put_folder(Path(folder), key(contract, family, data), RECORD)
+            cache.keep(store, cache.key(contract, family, data), Path(folder))
     dist.barrier()
     if first:
         for file in store.list(shared):

@@ -140,7 +140,7 @@ def test_unusable_uris_are_explained(tiny: Contract, uri: str, message: str) -> 
     ("uri", "module", "extra"),
     [
         ("kaggle:owner/data/file.csv", "kaggle", "kaggle"),
-        ("s3://bucket/a.csv", "s3fs", "s3"),
+        ("s3://bucket/a.csv", "botocore", "s3"),
         ("gs://bucket/a.csv", "gcsfs", "gs"),
     ],
 )
