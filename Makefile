@@ -11,10 +11,11 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint format docs benchmarks constraints clean
+.PHONY: help venv demo test test-fast test-docker test-cluster lint format images docs benchmarks \
+	constraints clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -38,20 +39,30 @@ venv: $(DEV) ## Make the environment in .venv.
 demo: $(DEMO) ## Run the whole loop: make demo [EXAMPLE=payments|bike-sharing|digits|fashion-mnist].
 	$(BIN)/driftmill demo $(EXAMPLE)
 
-test: $(DEV) lint ## Lint, type-check and run every test, with coverage.
-	$(BIN)/python -m pytest --cov --durations=10
+test: $(DEV) lint ## Lint, type-check and run every test that needs no Docker, with coverage.
+	$(BIN)/python -m pytest -m 'not docker and not cluster' --cov --durations=10
 
-test-fast: $(DEV) ## Run the tests that take less than a few seconds each.
-	$(BIN)/python -m pytest -m 'not slow'
+test-fast: $(DEV) ## Of these, run the tests that take less than a few seconds each.
+	$(BIN)/python -m pytest -m 'not slow and not docker and not cluster'
 
-lint: $(DEV) ## Check style and types.
+test-docker: $(DEV) ## Test the images, and pipelines in them; needs Docker.
+	$(BIN)/python -m pytest -m docker --durations=10 tests/docker
+
+test-cluster: $(DEV) ## Test on a Kubernetes cluster; needs Docker and kind, or a cluster.
+	$(BIN)/python -m pytest -m cluster --durations=10 tests/cluster
+
+lint: $(DEV) ## Check style, types and Dockerfiles.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint components/Dockerfile services/Dockerfile
 
 format: $(DEV) ## Rewrite the code in the project's style.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+images: $(DEV) ## Build the container images of steps and services; needs Docker.
+	$(BIN)/driftmill images build
 
 benchmarks: $(DEV) ## Measure what the README quotes; results go to benchmarks/results/.
 	$(BIN)/python -m benchmarks

@@ -1,25 +1,25 @@
 """The image that every component runs in, and the decorator that says so.
 
-The image holds the `driftmill` package, so that nothing is installed when a step starts. Its name
-contains `python` because KFP's local runner takes any other name for a foreign image and warns.
+The image holds the `driftmill` package, so that nothing is installed when a step starts.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any, Literal
 
 from kfp import dsl
 
+from driftmill import images
 
-def image(kind: Literal["tabular", "vision"]) -> str:
-    """The image of the steps for tables or for images; only the latter holds PyTorch.
 
-    `DRIFTMILL_IMAGE` or `python -m pipelines.compile --image` name another one.
+def image(kind: Literal["tabular", "vision", "vision-cuda"]) -> str:
+    """The image of the steps for tables or for images; only the latter hold PyTorch.
+
+    `DRIFTMILL_IMAGE` or `driftmill compile --image` name another one.
     """
-    return os.environ.get("DRIFTMILL_IMAGE") or f"driftmill/python-{kind}:{version('driftmill')}"
+    return os.environ.get("DRIFTMILL_IMAGE") or images.reference(f"python-{kind}")
 
 
 def component(function: Callable[..., Any]) -> Any:

@@ -77,7 +77,12 @@ def main(of: Any, module: str, description: str, arguments: list[str] | None = N
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="name of the model, as in its contract")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("DRIFTMILL_MODEL"),
+        required="DRIFTMILL_MODEL" not in os.environ,
+        help="name of the model, as in its contract; default: $DRIFTMILL_MODEL",
+    )
     parser.add_argument("--port", type=int, default=3000)
     parser.add_argument("--host", default="127.0.0.1")
     given = parser.parse_args(arguments)
