@@ -94,8 +94,9 @@ def main() -> NoReturn:
         if advice is None:
             raise
         _fail(advice, FAILED)
-    except PermissionError as error:
-        _fail(f"{error.filename}: {error.strerror}; check who owns it", FAILED)
+    except OSError as error:
+        # Of a file, or of a store, which says in a sentence what is wrong.
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), FAILED)
     sys.exit(OK)
 
 
@@ -313,7 +314,7 @@ _PASSED_ON = {
 
 @app.command("compile", context_settings=_PASSED_ON)
 def compile_package(context: typer.Context) -> None:
-    """Write the pipeline package that a Kubeflow cluster takes."""
+    """Write the package for a Kubeflow cluster, alert rules and dashboards."""
     _pass_on("pipelines.compile", context)
 
 

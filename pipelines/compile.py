@@ -1,33 +1,71 @@
-"""From a contract to what a cluster takes.
+"""From a contract to what a cluster takes: `driftmill compile CONTRACT -o DIR`.
 
-`python -m pipelines.compile --contract FILE --output DIR` writes `pipeline.yaml`, a KFP package
-(pipeline spec and, where the contract places steps on certain nodes, platform spec) that
-`kfp run create -e EXPERIMENT -f pipeline.yaml` runs as it is; where several GPUs or nodes train one
-network, also `trainjob.yaml`, for Kubeflow Trainer. The same contract gives the same bytes.
+| file | what |
+|---|---|
+| `pipeline.yaml` | a KFP package, pipeline spec and platform spec, that runs as it is |
+| `trainjob.yaml` | for Kubeflow Trainer, where several GPUs or nodes train one network |
+| `contract.json` | the contract with every default filled in |
+| `rules.yaml`, `rules_test.yaml` | Prometheus' rules and their unit tests for promtool |
+| `dashboard.json`, `dashboard-models.json` | Grafana's page of the model, and of all models |
+
+The same contract and the same images give the same bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from driftmill.contract import Contract, ContractError, load
+import yaml
+
+from driftmill.contract import LOCAL_SCHEMES, Contract, ContractError, load
 from driftmill.home import find
-from pipelines import code_version
+from driftmill.monitor import dashboards, rules
+from driftmill.store import write_atomic
+from driftmill.version import code_version
+
+if TYPE_CHECKING:
+    from pipelines.training import Need
 
 #: The API server refuses much larger packages, and etcd their workflows.
 MAX_BYTES = 200_000
 
+_EPILOG = """\
+Example: driftmill compile contract.yaml -o build/ --store s3://models/driftmill
+         kfp run create -e payments -f build/pipeline.yaml
+         kfp run create -e payments -f build/pipeline.yaml trigger=drift run_id=2026-11-24-drift
+
+Scheduled runs and runs after an alarm are the same package with another `trigger`.
+exit codes: 0 written, 1 cannot be written, 2 wrong usage or a bad contract
+"""
+
+
+class PackageError(RuntimeError):
+    """A package that a cluster would not take; the message says why."""
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compile; 0 or, for a bad contract, 2."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.compile", description=__doc__)
-    parser.add_argument("--contract", required=True, metavar="FILE", help="the contract")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the package")
-    parser.add_argument("--image", help="image of every step; it holds the driftmill package")
-    parser.add_argument("--store", help="store that the steps use; default: $DRIFTMILL_STORE")
+    """Compile, and return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="driftmill compile",
+        description="Write the package that a Kubeflow cluster takes, alert rules, dashboards.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("contract", metavar="CONTRACT", help="the contract file")
+    parser.add_argument(
+        "-o",
+        "--output",
+        default=Path("build"),
+        metavar="DIR",
+        type=Path,
+        help="folder of the package; default: %(default)s",
+    )
+    add_package_options(parser)
     options = parser.parse_args(arguments)
     try:
         contract = load(options.contract)
@@ -35,14 +73,78 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     store = options.store or find().store_uri
-    if "://" not in store or store.startswith("file:"):
+    if is_folder(store):
         print(
             f"note: the store {store} is a folder of this machine; for a cluster give "
             "--store s3://... or gs://...",
             file=sys.stderr,
         )
-    print(compile_package(contract, Path(options.output), store=store, image=options.image))
+    note_local_files(contract)
+    try:
+        path = compile_package(contract, options.output, store=store, image=options.image)
+        for name, text in _watching(contract).items():
+            write_atomic(options.output / name, text.encode())
+    except PackageError as error:
+        print(f"driftmill: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f"driftmill: cannot write below {options.output}: {error}; name another folder by -o",
+            file=sys.stderr,
+        )
+        return 1
+    print(path)
     return 0
+
+
+def _watching(contract: Contract) -> dict[str, str]:
+    """What watches the model, and the contract itself: texts by file name."""
+
+    def as_yaml(document: dict[str, Any]) -> str:
+        return yaml.safe_dump(document, sort_keys=False, width=MAX_BYTES)
+
+    def as_json(document: dict[str, Any]) -> str:
+        return json.dumps(document, indent=1) + "\n"
+
+    return {
+        "contract.json": as_json(json.loads(contract.to_json())),
+        "rules.yaml": as_yaml(rules.rules(contract)),
+        "rules_test.yaml": as_yaml(rules.unit_tests(contract, "rules.yaml")),
+        "dashboard.json": as_json(dashboards.model(contract.model)),
+        "dashboard-models.json": as_json(dashboards.overview()),
+    }
+
+
+def add_package_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say what goes into a package."""
+    parser.add_argument(
+        "--image",
+        metavar="REF",
+        help="image of every step, best by digest; default: the usual ones, by content tag",
+    )
+    parser.add_argument(
+        "--store", metavar="URI", help="store that the steps use; default: $DRIFTMILL_STORE"
+    )
+
+
+def is_folder(store: str) -> bool:
+    """Whether a store is a folder of this machine, which a cluster has not got."""
+    return "://" not in store or store.startswith("file:")
+
+
+def note_local_files(contract: Contract) -> None:
+    """Say which files of this machine a contract names: a pod finds them only where its image or a
+    volume has them."""
+    sources = [s.uri for s in (contract.data.source, contract.data.test) if s is not None]
+    files = [uri for uri in sources if uri.partition(":")[0] in LOCAL_SCHEMES]
+    if contract.is_vision and contract.train.vision.weights is not None:
+        files.append(contract.train.vision.weights.file)
+    for file in files:
+        print(
+            f"note: {file} is on this machine; the image must hold it in the same place, or put it "
+            "where pods can read it (s3:, gs:, https:)",
+            file=sys.stderr,
+        )
 
 
 def compile_package(
@@ -54,22 +156,21 @@ def compile_package(
         contract: what to compile.
         folder: where to; created.
         store: default of the pipeline's parameter `store`.
-        image: image of every step; None: the usual one for tables or for images.
+        image: image of every step; None: the usual ones for tables, images, and images on GPUs.
 
     Returns:
         Path of `pipeline.yaml`.
 
     Raises:
-        ValueError: the package is larger than a cluster takes.
+        PackageError: the package is larger than a cluster takes.
     """
     # KFP takes a second or two to import: a bad contract is refused before that.
     from kfp import compiler
 
-    from components.image import image as usual_image
     from pipelines import pods, training, trainjob
 
-    image = image or usual_image("vision" if contract.is_vision else "tabular")
-    configure = partial(pods.configure, resources=contract.train.resources, image=image)
+    images = _images(contract, image)
+    configure = partial(pods.configure, contract=contract, images=images)
     pipeline = training.build(
         contract, store=store, code_version=code_version(), configure=configure
     )
@@ -77,9 +178,28 @@ def compile_package(
     path = folder / "pipeline.yaml"
     compiler.Compiler().compile(pipeline, str(path))
     if (size := path.stat().st_size) > MAX_BYTES:
-        raise ValueError(f"{path} has {size} bytes; a cluster takes {MAX_BYTES}: shorten the lists")
-    trainjob.write(contract, folder / "trainjob.yaml", store=store, image=image)
+        path.unlink()
+        raise PackageError(
+            f"the package of {contract.model} has {size} bytes and a cluster takes {MAX_BYTES}: "
+            "shorten the contract's lists"
+        )
+    trainjob.write(contract, folder / "trainjob.yaml", store=store, image=images["training"])
     return path
+
+
+def _images(contract: Contract, image: str | None) -> dict[Need, str]:
+    """The image for each need; the one with CUDA, which is large, only where there is a GPU."""
+    from components.image import image as usual
+
+    if image:
+        return dict.fromkeys(("little", "data", "training"), image)
+    light = usual("vision" if contract.is_vision else "tabular")
+    gpu = contract.is_vision and contract.train.resources.gpu
+    return {
+        "little": light,
+        "data": light,
+        "training": usual("vision-cuda") if gpu else light,
+    }
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from kfp import kubernetes
 
-from driftmill.contract import Resources, Toleration
+from driftmill.contract import Contract, Resources, Toleration
 from pipelines.training import Need
 
 #: Taints that clouds put on nodes which can be taken away.
@@ -16,33 +17,83 @@ SPOT_TAINTS = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriori
 GPU_TAINT = "nvidia.com/gpu"
 #: Label by which NVIDIA's feature discovery tells what GPU a node has.
 GPU_PRODUCT = "nvidia.com/gpu.product"
+#: Label by which Kueue knows the queue of a pod or a TrainJob.
+QUEUE = "kueue.x-k8s.io/queue-name"
 #: Where processes that train together pass tensors on; 64 MiB unless a volume is put there.
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 (not a file: what the kernel calls it)
+#: User and group of every image.
+USER = 65532
+#: What steps read from their namespace, each under its own name; all of it may be missing, as where
+#: a cloud gives the service account its rights.
+CONFIG: dict[str, tuple[str, ...]] = {
+    "driftmill": ("AWS_ENDPOINT_URL", "AWS_REGION", "MLFLOW_TRACKING_URI")
+}
+SECRETS: dict[str, tuple[str, ...]] = {
+    "driftmill-store": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
+    "driftmill-tracking": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+}
+#: Longest time of a step that only moves files.
+LITTLE_TIME = 3600.0
 
 
-def configure(task: Any, need: Need, *, resources: Resources, image: str) -> None:
-    """Set image, resources, placement and retries of one KFP task.
+def configure(task: Any, need: Need, *, contract: Contract, images: dict[Need, str]) -> None:
+    """Set image, resources, placement, rights and retries of one KFP task.
 
     Args:
         task: the task.
         need: `little` for steps that mostly wait for the store, `data` for those that hold the
             rows (the contract's CPU and memory), `training` for all that the contract asks for.
-        resources: from the contract.
-        image: the image to run in.
+        contract: says what it asks for.
+        images: the image to run in, for each need.
     """
+    resources = contract.train.resources
     if need == "little":
         task.set_cpu_request("100m").set_memory_request("256Mi").set_memory_limit("1Gi")
+        kubernetes.set_timeout(task, int(min(resources.timeout, LITTLE_TIME)))
     else:
         # No CPU limit: it would slow a step down on a node that has nothing else to do.
         task.set_cpu_request(resources.cpu)
         task.set_memory_request(resources.memory).set_memory_limit(resources.memory)
+        kubernetes.set_timeout(task, int(resources.timeout))
+        # Without a limit a pod sees all cores of its node, and memory for as many threads it has
+        # not.
+        for name in ("DRIFTMILL_CORES", "OMP_NUM_THREADS"):
+            task.set_env_variable(name, str(cores(resources.cpu)))
+        # Steps without the label never wait in a queue: the outcome is recorded when it is due.
+        if resources.queue:
+            kubernetes.add_pod_label(task, QUEUE, resources.queue)
     if need == "training":
         _place(task, resources)
+    for name, value in labels(contract, task.name).items():
+        kubernetes.add_pod_label(task, name, value)
+    for name, keys in CONFIG.items():
+        kubernetes.use_config_map_as_env(task, name, {key: key for key in keys}, optional=True)
+    for name, keys in SECRETS.items():
+        kubernetes.use_secret_as_env(task, name, {key: key for key in keys}, optional=True)
+    # What else the Pod Security level `restricted` asks for, the back end adds to every pod.
+    kubernetes.set_security_context(task, USER, USER, run_as_non_root=True)
+    # Tags go by content, so that an image on the node is the one that is meant.
+    kubernetes.set_image_pull_policy(task, "IfNotPresent")
     # Every step may be repeated: its writes are atomic and it finds what it did before.
     task.set_retry(num_retries=2, backoff_duration="10s", backoff_factor=2.0)
-    # A cache key knows neither the rows behind a source nor the rollout.
+    # KFP's cache knows neither the rows behind a source nor the code; `driftmill.cache` does.
     task.set_caching_options(False)
-    task.set_container_image(image)
+    task.set_container_image(images[need])
+
+
+def labels(contract: Contract, component: str) -> dict[str, str]:
+    """The labels of a pod."""
+    return {
+        "app.kubernetes.io/part-of": "driftmill",
+        "app.kubernetes.io/component": component,
+        "driftmill/model": contract.model,
+    }
+
+
+def cores(cpu: str) -> int:
+    """Whole cores of an amount of CPU as Kubernetes writes it, one at least."""
+    amount = float(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu)
+    return max(1, math.ceil(amount))
 
 
 def tolerations(resources: Resources) -> Iterator[Toleration]:

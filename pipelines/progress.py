@@ -181,12 +181,13 @@ def _so_far(event: dict[str, Any]) -> str:
 
 
 def describe(watch: Clock, starts: dict[str, float], event: dict[str, Any]) -> str:
-    """The line for a step's event, empty for a start; keeps `starts` and the clock."""
+    """The line for a step's event, empty for a start; keeps `starts` and the clock. How long a step
+    took is what its end says (`seconds`), else what was seen here."""
     name = label(event)
     if event["state"] == "start":
         starts[name] = watch.elapsed()
         return ""
-    seconds = watch.elapsed() - starts.get(name, 0.0)
+    seconds = event.get("seconds", watch.elapsed() - starts.get(name, 0.0))
     if event["state"] == "done":
         watch.finish(name.replace(" ", "-", 1))
         return f"  {name:<28} {seconds:6.1f} s"

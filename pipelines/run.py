@@ -9,6 +9,9 @@
 | 4 | the data stopped the run: unreadable, or too many bad rows |
 | 130 | interrupted (Ctrl-C or SIGTERM) |
 
+The steps are processes of this machine or, with `--runner docker`, containers of the images that a
+cluster would use, as the compiled package has them.
+
 This process stays small: it starts `pipelines.local`, which imports KFP, shows its progress, and
 ends it with all its steps when it is told to stop. The outcome is in the store in every case.
 """
@@ -23,7 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -34,10 +37,13 @@ from driftmill.contract import Contract, ContractError, load
 from driftmill.home import Home, cores, find
 from driftmill.runs import Outcome
 from driftmill.store import Store
-from pipelines import code_version, progress
+from driftmill.version import code_version
+from pipelines import containers, progress
 
 EXIT_CODES: dict[runs.State, int] = {"promoted": 0, "failed": 1, "rejected": 3, "stopped": 4}
 USAGE, INTERRUPTED = 2, 130
+#: Seconds that the pipeline's process may take to remove its containers.
+_FAREWELL = 30
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -58,9 +64,17 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USAGE
+    image = None
+    if options.runner == "docker":
+        image = containers.image(contract)
+        try:
+            containers.check(image)
+        except containers.DockerError as error:
+            print(error, file=sys.stderr)
+            return EXIT_CODES["failed"]
     try:
         runs.begin(home.store, contract.model, run_id, options.trigger)
-        return _watch(contract, home, run_id, options)
+        return _watch(contract, home, run_id, image, options)
     except FileExistsError:
         print(
             f"{contract.model} has a run {run_id} already; choose another id, or none",
@@ -84,13 +98,22 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--contract", required=True, metavar="FILE", help="the contract")
     parser.add_argument("--run-id", metavar="ID", help="id of the run; default: from the time")
     parser.add_argument("--trigger", default="manual", metavar="TEXT", help="why it is started")
+    parser.add_argument(
+        "--runner",
+        choices=("subprocess", "docker"),
+        default="subprocess",
+        help="what a step is: a process of this machine, or a container as on a cluster, of the "
+        "images that `driftmill images build` makes; default: subprocess",
+    )
     parser.add_argument("--events", action="store_true", help="print one JSON line per event")
     parser.add_argument("--verbose", action="store_true", help="show what the steps print")
     parser.add_argument("--keep", action="store_true", help="keep what the steps pass on")
     return parser.parse_args(arguments)
 
 
-def _watch(contract: Contract, home: Home, run_id: str, options: argparse.Namespace) -> int:
+def _watch(
+    contract: Contract, home: Home, run_id: str, image: str | None, options: argparse.Namespace
+) -> int:
     store = home.store
     root = home.folder / "pipeline-root" / run_id
     (root / "tmp").mkdir(parents=True, exist_ok=True)
@@ -103,7 +126,7 @@ def _watch(contract: Contract, home: Home, run_id: str, options: argparse.Namesp
         log = stack.enter_context((root / "output.log").open("w", encoding="utf-8"))
         _heed_interrupts()
         try:
-            with _engine(contract, home, run_id, options.trigger, root) as lines:
+            with _engine(contract, home, run_id, options.trigger, root, image) as lines:
                 for line in lines:
                     _show(line, display, log, verbose=options.verbose)
         except KeyboardInterrupt:
@@ -164,7 +187,7 @@ def _ignore_interrupts() -> None:
 
 @contextmanager
 def _engine(
-    contract: Contract, home: Home, run_id: str, trigger: str, root: Path
+    contract: Contract, home: Home, run_id: str, trigger: str, root: Path, image: str | None
 ) -> Iterator[Iterator[str]]:
     """The lines that the pipeline's process prints. At the end no process of it is left."""
     job = {
@@ -173,6 +196,7 @@ def _engine(
         "run_id": run_id,
         "trigger": trigger,
         "root": str(root),
+        "image": image,
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "pipelines.local"],
@@ -192,19 +216,45 @@ def _engine(
     )
     assert process.stdin is not None
     assert process.stdout is not None
+    last = ""
+
+    def lines(output: Iterable[str]) -> Iterator[str]:
+        nonlocal last
+        for line in output:
+            last = _COLOUR.sub("", line).strip() or last
+            yield line
+
     try:
         with suppress(BrokenPipeError):  # it ended before it read its job; its output says why
             process.stdin.write(json.dumps(job) + "\n")
             process.stdin.flush()
-        yield iter(process.stdout)
+        yield lines(process.stdout)
         # Not reaped before its group is gone: until then no other process can get the number.
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        if image is not None:
+            # Containers are nobody's children: the process removes them when its input ends.
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_FAREWELL)
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
         code = process.wait()
         process.stdout.close()
-    if code != 0:
-        raise _EngineFailed(f"the pipeline's process ended with exit code {code}")
+        if image is not None and code != 0:
+            _remove_containers(root)  # it may have been killed before it could
+    if code < 0:
+        raise _EngineFailed(f"the pipeline's process was killed by signal {-code}")
+    if code > 0:  # the last line of a traceback says most
+        raise _EngineFailed(f"the pipeline's process ended with exit code {code}: {last}")
+
+
+def _remove_containers(root: Path) -> None:
+    try:
+        containers.remove(root)
+    except containers.DockerError as error:
+        raise _EngineFailed(str(error)) from None
 
 
 def _threads(contract: Contract) -> int:

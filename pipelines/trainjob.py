@@ -18,7 +18,7 @@ import yaml
 
 from driftmill.contract import Contract
 from driftmill.store import write_atomic
-from pipelines.pods import SHARED_MEMORY, gpu_products, tolerations
+from pipelines.pods import CONFIG, QUEUE, SECRETS, SHARED_MEMORY, gpu_products, tolerations
 
 #: The runtime that Kubeflow Trainer installs for PyTorch; its one container and job are `node`.
 RUNTIME, NODE = "torch-distributed", "node"
@@ -68,6 +68,7 @@ def build(contract: Contract, family: str, *, store: str, image: str) -> dict[st
     resources = contract.train.resources
     memory = {"memory": resources.memory}
     gpus = {resources.gpu_type: resources.gpu} if resources.gpu else {}
+    queue = {QUEUE: resources.queue} if resources.queue else {}
     # torchrun takes the number of nodes and of processes, and whom to ask, from variables.
     command = ["torchrun", "--module", "driftmill.vision.job"]
     command += ["--family", family, "--store", store]
@@ -78,7 +79,7 @@ def build(contract: Contract, family: str, *, store: str, image: str) -> dict[st
         "kind": "TrainJob",
         "metadata": {
             "generateName": f"{_name(contract.model, family)}-",
-            "labels": {"driftmill/model": contract.model, "driftmill/family": family},
+            "labels": {"driftmill/model": contract.model, "driftmill/family": family, **queue},
         },
         "spec": {
             "runtimeRef": {"name": RUNTIME},
@@ -86,7 +87,12 @@ def build(contract: Contract, family: str, *, store: str, image: str) -> dict[st
                 "image": image,
                 "command": command,
                 "env": [
-                    {"name": "DRIFTMILL_JOB", "valueFrom": _label("jobset.sigs.k8s.io/jobset-name")}
+                    {
+                        "name": "DRIFTMILL_JOB",
+                        "valueFrom": _label("jobset.sigs.k8s.io/jobset-name"),
+                    },
+                    *_references("configMapKeyRef", CONFIG),
+                    *_references("secretKeyRef", SECRETS),
                 ],
                 "numNodes": resources.nodes,
                 "numProcPerNode": max(resources.gpu, 1),
@@ -112,6 +118,15 @@ def _name(model: str, family: str) -> str:
 
 def _label(name: str) -> dict[str, Any]:
     return {"fieldRef": {"fieldPath": f"metadata.labels['{name}']"}}
+
+
+def _references(kind: str, names: dict[str, tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Variables that the pod reads from its namespace, as the pipeline's steps do."""
+    return [
+        {"name": key, "valueFrom": {kind: {"name": name, "key": key, "optional": True}}}
+        for name, keys in names.items()
+        for key in keys
+    ]
 
 
 def _pod(contract: Contract) -> dict[str, Any]:

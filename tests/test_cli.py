@@ -19,6 +19,7 @@ import typer
 from driftmill import bundle, cli, docs, rollout, runs
 from driftmill.serving import log
 from driftmill.store import Store
+from driftmill.version import code_version
 from tests.conftest import CONTRACT, tiny_frame
 
 MAIN = [sys.executable, "-c", "from driftmill.cli import main; main()"]
@@ -26,8 +27,8 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Call the command line in this process: exit code, stdout, stderr."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Call the command line in this process: exit code, stdout, stderr, of it and its children."""
     monkeypatch.setenv("DRIFTMILL_HOME", str(tmp_path))
     monkeypatch.delenv("DRIFTMILL_STORE", raising=False)
     monkeypatch.delenv("DRIFTMILL_LEDGER", raising=False)
@@ -37,7 +38,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         monkeypatch.setattr(sys, "argv", ["driftmill", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-        out, errors = capsys.readouterr()
+        out, errors = capfd.readouterr()
         code = ended.value.code
         assert isinstance(code, int)
         return code, out, errors
@@ -129,7 +130,7 @@ def test_schema(run: Run) -> None:
 
 
 def test_version(run: Run) -> None:
-    assert run("version")[1].strip() == bundle.code_version()
+    assert run("version")[1].strip() == code_version()
 
 
 def test_init_writes_a_contract_once(run: Run, tmp_path: Path, contract_file: Path) -> None:
@@ -430,3 +431,5 @@ def test_compile(run: Run, contract_file: Path, tmp_path: Path) -> None:
     assert code == 0
     assert (tmp_path / "build" / "pipeline.yaml").is_file()
     assert json.loads((tmp_path / "build" / "contract.json").read_text())["model"] == "tiny"
+    for name in ("rules.yaml", "rules_test.yaml", "dashboard.json", "dashboard-models.json"):
+        assert (tmp_path / "build" / name).stat().st_size > 1000

@@ -14,7 +14,11 @@ import psutil
 import pytest
 
 from driftmill import rollout, runs
+from driftmill.contract import load
 from driftmill.home import Home, find
+from driftmill.store import Store
+from pipelines.compile import compile_package
+from pipelines.local import Job
 from tests.conftest import CONTRACT
 from tests.pipelines.contracts import IMAGES, write_contract
 
@@ -88,6 +92,43 @@ def test_a_better_model_is_promoted_and_the_same_again_is_not(home: Home, tmp_pa
     assert run(contract, "--run-id", "r1").returncode == 2
     assert not list((home.folder / "pipeline-root").iterdir())
     assert not list(processes_of(home))
+
+
+#: Runs a package: its path and the job, as JSON.
+PACKAGE = """
+import sys
+from pathlib import Path
+from kfp import local as kfp_local
+from pipelines import local
+runner = kfp_local.SubprocessRunner(use_venv=False)
+local.run(local.load(Path(sys.argv[1])), runner, local.Job.model_validate_json(sys.argv[2]))
+"""
+
+
+@pytest.mark.slow
+def test_the_compiled_package_comes_to_the_same(home: Home, tmp_path: Path) -> None:
+    path = write_contract(tmp_path)
+    assert run(path, "--run-id", "r1").returncode == 0
+    contract, other = load(path), Store(tmp_path / "other")
+    package = compile_package(contract, tmp_path / "build", store=other.uri)
+    job = Job(
+        contract=contract.to_json(),
+        store=other.uri,
+        run_id="r1",
+        trigger="test",
+        root=str(tmp_path / "root"),
+    )
+    arguments = [sys.executable, "-c", PACKAGE, str(package), job.model_dump_json()]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=280)
+    in_memory = runs.read(home.store, "tiny", "r1")
+    compiled = runs.read(other, "tiny", "r1")
+    assert in_memory is not None
+    assert compiled is not None, done.stdout + done.stderr
+    # The version is a digest over the model and all that it was made from.
+    for name in ("state", "reason", "version", "metrics", "verdict"):
+        assert getattr(compiled, name) == getattr(in_memory, name)
+    assert [s.name for s in compiled.steps] == [s.name for s in in_memory.steps]
+    assert rollout.read(other, "tiny") is not None
 
 
 @pytest.mark.slow

@@ -135,6 +135,7 @@ EVERYTHING = {
     ],
     "shared_memory": "16Gi",
     "spot": True,
+    "queue": "team-a",
 }
 
 
@@ -153,9 +154,22 @@ def test_it_is_what_kubeflow_trainer_takes(resources: dict[str, Any], tmp_path: 
     assert trainer["numProcPerNode"] == max(resources.get("gpu", 0), 1)
     gpus = trainer["resourcesPerNode"]["limits"].get("nvidia.com/gpu", 0)
     assert gpus == resources.get("gpu", 0)
-    assert trainer["image"].startswith("driftmill/python-vision:")
+    kind = "vision-cuda" if gpus else "vision"
+    assert trainer["image"].startswith(f"driftmill/python-{kind}:")
     # Trainer refuses these: it sets them itself.
     assert not [e for e in trainer["env"] if e["name"].startswith("PET_")]
+
+
+def test_it_reads_addresses_and_secrets_as_the_steps_do_and_waits_in_their_queue(
+    tmp_path: Path,
+) -> None:
+    (job,) = jobs(placed(parse(IMAGES), **EVERYTHING), tmp_path)
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    sources = {e["name"]: e["valueFrom"] for e in job["spec"]["trainer"]["env"]}
+    address = {"name": "driftmill", "key": "AWS_ENDPOINT_URL", "optional": True}
+    secret = {"name": "driftmill-store", "key": "AWS_SECRET_ACCESS_KEY", "optional": True}
+    assert sources["AWS_ENDPOINT_URL"] == {"configMapKeyRef": address}
+    assert sources["AWS_SECRET_ACCESS_KEY"] == {"secretKeyRef": secret}
 
 
 def test_its_pods_go_where_the_contract_says(tmp_path: Path) -> None:
@@ -187,7 +201,8 @@ def test_there_is_one_for_each_family_and_the_same_contract_gives_the_same_bytes
     given = command[command.index("--contract") + 1].replace("$$", "$")
     assert parse(given) == contract
     variables = re.findall(r"(?<!\$)\$\((\w+)\)", " ".join(command))
-    assert variables == [e["name"] for e in one[1]["spec"]["trainer"]["env"]]
+    assert variables == ["DRIFTMILL_JOB"]
+    assert variables == [e["name"] for e in one[1]["spec"]["trainer"]["env"]][:1]
 
 
 def test_names_fit_into_those_of_pods(tmp_path: Path) -> None:
