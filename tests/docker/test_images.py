@@ -37,10 +37,10 @@ LIMITS = {"python-tabular": 700, "service-tabular": 300, "service-vision": 330}
 #: What each has to import, and what it must not even hold.
 IMPORTS = {
     "python-tabular": (
-        "driftmill.steps driftmill.tracking driftmill.s3 mlflow.onnx s3fs sklearn pandera skl2onnx",
+        "driftmill.steps driftmill.tracking driftmill.s3 mlflow.onnx sklearn pandera skl2onnx",
         "torch evidently bentoml sqlalchemy pip setuptools kubernetes",
     ),
-    "python-vision": ("driftmill.steps driftmill.vision.job torchvision s3fs", "bentoml pip"),
+    "python-vision": ("driftmill.steps driftmill.vision.job driftmill.s3 torchvision", "bentoml pip"),
     "service-tabular": (
         "services.tabular driftmill.s3",
         "torch sklearn pandas scipy mlflow kfp evidently PIL pip setuptools",
