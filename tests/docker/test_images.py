@@ -40,7 +40,10 @@ IMPORTS = {
         "driftmill.steps driftmill.tracking driftmill.s3 mlflow.onnx sklearn pandera skl2onnx",
         "torch evidently bentoml sqlalchemy pip setuptools kubernetes",
     ),
-    "python-vision": ("driftmill.steps driftmill.vision.job driftmill.s3 torchvision", "bentoml pip"),
+    "python-vision": (
+        "driftmill.steps driftmill.vision.job driftmill.s3 torchvision",
+        "bentoml pip",
+    ),
     "service-tabular": (
         "services.tabular driftmill.s3",
         "torch sklearn pandas scipy mlflow kfp evidently PIL pip setuptools",
