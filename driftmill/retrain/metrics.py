@@ -72,7 +72,8 @@ class Metrics:
             labels,
             registry=registry,
         )
-        for counter in (self.contract_reload_failures, self.tick_failures):
-            counter.labels(model)
+        # Shown from the start, at 0: Prometheus counts no increase of a series that was not there.
+        for metric in (self.contract_reload_failures, self.tick_failures, self.run_duration):
+            metric.labels(model)
         for state in ("promoted", "rejected", "stopped", "failed"):
             self.runs.labels(model, state)
