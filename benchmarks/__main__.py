@@ -16,6 +16,9 @@ BENCHMARKS = {
     "vision_drift": "how soon the monitor notices what happens to images",
     "vision_serving": "images a second, beside BentoML with torch and FastAPI with ONNX Runtime",
     "vision_train": "seconds and accuracy of a network, over seeds",
+    "compile_time": "seconds to compile a package, and its size",
+    "cluster": "seconds to make a kind cluster and to run a contract on it",
+    "images": "seconds to build the images, and their sizes",
     "demo": "the demo's timeline and the memory of its processes",
 }
 

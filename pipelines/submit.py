@@ -366,9 +366,10 @@ class _Follower:
 
     def _see_tasks(self, tasks: list[Object]) -> None:
         """Show what Kubeflow says of the tasks. It does not say which family a fit is of, so they
-        are numbered. Of a task that was tried again there are several; the newest counts."""
+        are numbered. Of a task that was tried again there are several; the newest counts. The
+        creation time of each is the run's."""
         found: dict[str, list[Object]] = {}
-        for task in sorted(tasks, key=lambda t: str(t.get("create_time", ""))):
+        for task in sorted(tasks, key=lambda t: str(t.get("start_time", ""))):
             if task.get("state") not in ("SKIPPED", "PENDING"):
                 found.setdefault(str(task.get("display_name")), []).append(task)
         for step in _TASKS:
@@ -379,7 +380,7 @@ class _Follower:
                 shown = "done" if state == "SUCCEEDED" else shown
                 family = str(number) if step == "fit" else None
                 reason = str(task.get("error", {}).get("message", "")) or "its pod's log says why"
-                times = (_time(task, "create_time"), _time(task, "end_time"))
+                times = (_time(task, "start_time"), _time(task, "end_time"))
                 self._show(_Seen(step, family, shown, *times), reason)
 
     def _show(self, seen: _Seen, reason: str) -> None:

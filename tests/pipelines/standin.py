@@ -167,7 +167,9 @@ class StandIn:
 
 def task(name: str, state: str, at: int = 0, **more: Any) -> Object:
     """One of a run's task details."""
-    times = {"create_time": f"2026-11-24T00:00:{at:02d}Z"}
+    times = {"create_time": "2026-11-24T00:00:00Z", "start_time": f"2026-11-24T00:00:{at:02d}Z"}
+    if state in ("SUCCEEDED", "FAILED"):
+        times["end_time"] = f"2026-11-24T00:00:{at + 7:02d}Z"
     return {"display_name": name, "state": state, "task_id": name, **times, **more}
 
 
