@@ -11,11 +11,16 @@ import numpy as np
 import onnx
 import pandas as pd
 import pytest
+from hypothesis import settings
 from onnx import TensorProto, helper
 
 from driftmill import bundle, contract, features
 from driftmill.store import Store
 from tests.postgres import server as postgres_server
+
+# How long an example takes is no property of the code: machines are busy at times.
+settings.register_profile("driftmill", deadline=None)
+settings.load_profile("driftmill")
 
 CONTRACT = """
 apiVersion: driftmill/v1

@@ -82,7 +82,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit) as left:
         cluster.main([command, "--help"])
     assert left.value.code == 0
-    assert f"example: driftmill cluster {command}" in " ".join(capsys.readouterr().out.split())
+    assert f"Example: driftmill cluster {command}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_all_that_is_missing_is_said_at_once(
