@@ -79,11 +79,15 @@ def test_up_makes_a_cluster_with_a_gpu_node(made: str) -> None:
 
 
 def test_up_again_finds_all_there(made: str, config: Path) -> None:
-    before = kubectl("get", "networkpolicies", "-A", "-o", "jsonpath={..resourceVersion}")
+    before = kubectl(
+        "get", "networkpolicies", "-A", "-o", "jsonpath={.items[*].metadata.resourceVersion}"
+    )
     done = up(config)
     assert done.returncode == 0, done.stderr
     assert "there already" in done.stdout
-    after = kubectl("get", "networkpolicies", "-A", "-o", "jsonpath={..resourceVersion}")
+    after = kubectl(
+        "get", "networkpolicies", "-A", "-o", "jsonpath={.items[*].metadata.resourceVersion}"
+    )
     assert after == before
 
 
