@@ -5,21 +5,12 @@ The image holds the `driftmill` package, so that nothing is installed when a ste
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from kfp import dsl
 
-from driftmill import images
-
-
-def image(kind: Literal["tabular", "vision", "vision-cuda"]) -> str:
-    """The image of the steps for tables or for images; only the latter hold PyTorch.
-
-    `DRIFTMILL_IMAGE` or `driftmill compile --image` name another one.
-    """
-    return os.environ.get("DRIFTMILL_IMAGE") or images.reference(f"python-{kind}")
+from driftmill.images import for_steps
 
 
 def component(function: Callable[..., Any]) -> Any:
@@ -29,4 +20,4 @@ def component(function: Callable[..., Any]) -> Any:
     A module that defines components must not import `annotations` from `__future__`: KFP reads
     the types themselves.
     """
-    return dsl.component(base_image=image("tabular"), install_kfp_package=False)(function)
+    return dsl.component(base_image=for_steps("tabular"), install_kfp_package=False)(function)

@@ -11,6 +11,7 @@ need not be built. Where Driftmill is installed without its sources, the tag is 
 | variable | what |
 |---|---|
 | `DRIFTMILL_IMAGE_PREFIX` | registry and folder of the images; default `driftmill` |
+| `DRIFTMILL_IMAGE` | image of all steps, in place of those that are built here |
 | `DRIFTMILL_BASE_IMAGE` | image to build on in place of the one that the Dockerfiles pin |
 | `DRIFTMILL_BUILD_NETWORK` | network of the builds, as in `docker build --network` |
 """
@@ -33,7 +34,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 #: Endings of the files of a package that go into an image.
 _SUFFIXES = {".py", ".j2", ".typed"}
@@ -110,6 +111,11 @@ def reference(name: str) -> str:
     """
     prefix = os.environ.get("DRIFTMILL_IMAGE_PREFIX") or "driftmill"
     return f"{prefix.rstrip('/')}/{name}:{tag(name)}"
+
+
+def for_steps(kind: Literal["tabular", "vision", "vision-cuda"]) -> str:
+    """The image of the pipeline's steps; `DRIFTMILL_IMAGE` names another one."""
+    return os.environ.get("DRIFTMILL_IMAGE") or reference(f"python-{kind}")
 
 
 @functools.cache
@@ -190,14 +196,14 @@ def build(
     image, full = IMAGES[name], reference(name)
     base = base or os.environ.get("DRIFTMILL_BASE_IMAGE") or None
     network = network or os.environ.get("DRIFTMILL_BUILD_NETWORK") or None
-    arguments = image.arguments | _provenance(image, root)
-    arguments |= {"EXTRAS": extras} if extras else {}
-    arguments |= {"BASE": base, "BASE_NAME": base} if base else {}
     if not force and (found := inspect(full)) is not None:
         labels = found["Config"].get("Labels") or {}
         same = (labels.get("driftmill.extras") or "") == extras
         if same and (base is None or labels.get(f"{_LABEL}.base.name") == base):
             return Built(name, full, found["Size"], None)
+    arguments = image.arguments | _provenance(image, root)
+    arguments |= {"EXTRAS": extras} if extras else {}
+    arguments |= {"BASE": base, "BASE_NAME": base} if base else {}
     command = [*_builder(), "--progress", "plain", "--tag", full]
     command += ["--target", image.target] if image.target else []
     command += ["--network", network] if network else []
@@ -437,7 +443,7 @@ _KNOWN = (
         "the disk is full: make room with docker system prune and docker builder prune",
     ),
     (
-        r"download\.pytorch\.org|failed to fetch.*torch",
+        r"/whl/cpu|failed to fetch.*torch",
         True,
         "PyTorch's index of CPU builds cannot be reached from a build: try --network host, or "
         "build python-vision-cuda, which takes PyTorch from the usual index",

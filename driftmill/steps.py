@@ -241,6 +241,8 @@ def record(
     """
     asked, place = _read(contract), _reach(store)
     with runs.step(place, asked.model, run_id, "record") as step:
+        from driftmill import tracking
+
         outcome = runs.conclude(
             place,
             asked.model,
@@ -248,10 +250,8 @@ def record(
             trigger=trigger,
             code_version=code_version,
             failure=failure,
-            tracking="none" if asked.tracking.backend == "none" else runs.UNRECORDED,
+            tracking=tracking.pending(asked),
         )
-        from driftmill import tracking
-
         said = tracking.record(asked, place, outcome)
         step.facts["tracking"] = said
         outcome = outcome.model_copy(update={"tracking": said})
@@ -273,7 +273,7 @@ def _reach(uri: str) -> Store:
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            store.exists("any/rollout")
+            store.probe()
         except (ConnectionError, TimeoutError):
             if time.monotonic() > until:
                 raise

@@ -80,6 +80,10 @@ class Store:
         """Whether there is a file at `key`."""
         return self._files.exists(_checked(key))
 
+    def probe(self) -> None:
+        """Ask the store something; raises an OSError where it cannot be used."""
+        self.exists("any/rollout")
+
     def list(self, prefix: str) -> list[str]:
         """Keys of all files below the folder `prefix`, sorted; empty where there is none."""
         return sorted(self._files.list(_checked(prefix)))

@@ -39,6 +39,11 @@ _QUICK = {
 }
 
 
+def pending(contract: Contract) -> str:
+    """What an outcome says of its record until the tracking server has answered."""
+    return "none" if contract.tracking.backend == "none" else runs.UNRECORDED
+
+
 def uri(contract: Contract, store: Store) -> str | None:
     """Where runs are recorded: the contract's URI, else `$MLFLOW_TRACKING_URI`, else a SQLite file
     beside the store's folder; None where nothing is recorded, or another process does it

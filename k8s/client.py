@@ -17,7 +17,7 @@ from kubernetes.config.config_exception import ConfigException
 from kubernetes.stream import portforward
 
 from k8s import tools
-from k8s.explain import IMAGE_REASONS, explain, refusal
+from k8s.explain import IMAGE_REASONS, explain, explainer, refusal
 
 #: An object of the API, as JSON.
 Object = dict[str, Any]
@@ -372,20 +372,9 @@ def _last_trouble(cluster: Cluster, waiting: Sequence[tuple[str, str]], deadline
         deployment = cluster.find(_path(namespace, name))
         for pod in _pods(cluster, deployment) if deployment else []:
             if not is_true(pod, "Ready"):
-                return f"{text}. {reason(cluster, pod)}" + _events(cluster, pod)
+                said = explainer(cluster.items, namespace)(pod)
+                return f"{text}. {said}" + _events(cluster, pod)
     return f"{text}; start again, or give it more time with --timeout"
-
-
-def reason(cluster: Cluster, pod: Object) -> str:
-    """Why a pod is not ready, in one sentence."""
-    namespace = pod["metadata"]["namespace"]
-    return explain(
-        pod,
-        cluster.items("/api/v1/nodes"),
-        cluster.items(f"/api/v1/namespaces/{namespace}/events"),
-        pods=cluster.items("/api/v1/pods"),
-        claims=cluster.items(f"/api/v1/namespaces/{namespace}/persistentvolumeclaims"),
-    )
 
 
 def _pods(cluster: Cluster, deployment: Object) -> list[Object]:

@@ -36,6 +36,7 @@ from urllib.parse import urlsplit
 
 from driftmill import images
 from k8s import manifests, preflight, tools
+from k8s.explain import explainer
 from k8s.manifests import ROOT, ManifestError, Object
 from k8s.tools import ToolError
 
@@ -639,17 +640,22 @@ def look(cluster: Cluster) -> dict[str, Any]:
         k["metadata"]["name"]
         for k in cluster.items("/apis/apiextensions.k8s.io/v1/customresourcedefinitions")
     }
-    deployments, troubles = [], []
+    deployments: list[Object] = []
+    troubles: list[str] = []
     present = [n for n in NAMESPACES if cluster.find(f"/api/v1/namespaces/{n}") is not None]
     for namespace in present:
         for each in cluster.items(f"/apis/apps/v1/namespaces/{namespace}/deployments"):
             ready = client.is_ready(each)
             name = f"{namespace}/{each['metadata']['name']}"
             deployments.append({"name": name, "ready": ready})
-        for pod in cluster.items(f"/api/v1/namespaces/{namespace}/pods"):
-            finished = pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
-            if not finished and not client.is_true(pod, "Ready"):
-                troubles.append(client.reason(cluster, pod))
+        unready = [
+            pod
+            for pod in cluster.items(f"/api/v1/namespaces/{namespace}/pods")
+            if pod.get("status", {}).get("phase") not in ("Succeeded", "Failed")
+            and not client.is_true(pod, "Ready")
+        ]
+        if unready:
+            troubles += map(explainer(cluster.items, namespace), unready)
     names = {d["name"] for d in deployments}
     return {
         "context": cluster.context,

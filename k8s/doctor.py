@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 from driftmill import images
 from k8s import preflight, tools
+from k8s.explain import CONTEXT
+from k8s.manifests import full_name
 from k8s.preflight import Check, Supported, parse
 
 if TYPE_CHECKING:
@@ -66,8 +68,6 @@ KINDS: dict[str, tuple[str, str, str]] = {
 }  # fmt: skip
 NEEDED = {"workflows.argoproj.io", "scheduledworkflows.kubeflow.org"}
 
-OUR_CONTEXT = "kind-driftmill"
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the checks; 1 if something is wrong, else 0."""
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--context",
         default=os.environ.get("DRIFTMILL_CONTEXT"),
         help="cluster of the kubeconfig to look at; default: $DRIFTMILL_CONTEXT, else"
-        f" {OUR_CONTEXT} where that exists",
+        f" {CONTEXT} where that exists",
     )
     parser.add_argument(
         "--endpoint",
@@ -120,7 +120,7 @@ def _ours() -> str | None:
         from k8s import client
     except ModuleNotFoundError:
         return None  # said by `this_machine`
-    return OUR_CONTEXT if OUR_CONTEXT in client.contexts() else None
+    return CONTEXT if CONTEXT in client.contexts() else None
 
 
 # --- here ---
@@ -163,14 +163,17 @@ def our_images() -> list[Check]:
         local = tools.local_images()
     except tools.ToolError as error:
         return [Check("images", "warning", "Docker does not answer", str(error))]
-    from k8s.manifests import full_name
-
-    wanted = [i.name for i in images.IMAGES.values() if i.default]
-    missing = [n for n in wanted if full_name(images.reference(n)) not in local]
+    wanted, missing = _lacking(local)
     if not missing:
-        return [Check("images", "ok", f"all {len(wanted)} are in Docker, as this code needs them")]
-    found = f"{len(missing)} of {len(wanted)} are not in Docker: {', '.join(missing)}"
+        return [Check("images", "ok", f"all {wanted} are in Docker, as this code needs them")]
+    found = f"{len(missing)} of {wanted} are not in Docker: {', '.join(missing)}"
     return [Check("images", "warning", found, "driftmill images build")]
+
+
+def _lacking(there: set[str]) -> tuple[int, list[str]]:
+    """How many images there are of ours, and which of them are not among these full names."""
+    wanted = [i.name for i in images.IMAGES.values() if i.default]
+    return len(wanted), [n for n in wanted if full_name(images.reference(n)) not in there]
 
 
 # --- on a cluster ---
@@ -225,8 +228,6 @@ def _kinds(there: Cluster) -> Iterator[Check]:
 
 def _node_images(there: Cluster) -> Iterator[Check]:
     """Whether nodes have our images; a cloud's nodes pull them, kind's cannot."""
-    from k8s.manifests import full_name
-
     if not there.context.startswith("kind-"):
         return
     names = {
@@ -235,15 +236,14 @@ def _node_images(there: Cluster) -> Iterator[Check]:
         for image in node["status"].get("images", [])
         for name in image.get("names") or []
     }
-    wanted = [i.name for i in images.IMAGES.values() if i.default]
-    missing = [n for n in wanted if full_name(images.reference(n)) not in names]
+    wanted, missing = _lacking(names)
     if missing:
         found = f"nodes lack {', '.join(missing)}"
         cluster_name = there.context.removeprefix("kind-")
         command = f"driftmill images build --load-into {cluster_name}"
         yield Check("images on nodes", "warning", found, command)
     else:
-        yield Check("images on nodes", "ok", f"all {len(wanted)}")
+        yield Check("images on nodes", "ok", f"all {wanted}")
 
 
 def _releases(there: Cluster) -> Iterator[Check]:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -73,19 +74,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     try:
-        sentences = list(_explain_all(cluster, options.namespace, options.pod, options.selector))
+        said = sentences(cluster, options.namespace, name=options.pod, selector=options.selector)
     except ClusterError as error:
         print(error, file=sys.stderr)
         return 1
-    if not sentences:
-        sought = options.pod or f"with the labels {options.selector}"
-        print(
-            f"there is no pod {sought} in the namespace {options.namespace}, and no event that "
-            "says why; `kubectl get pods --all-namespaces` shows where it may be",
-            file=sys.stderr,
-        )
-        return 1
-    print("\n".join(sentences))
+    print("\n".join(said))
     return 0
 
 
@@ -601,11 +594,21 @@ def _ended(pod: Object, container: Object, ended: Object) -> str:
 # --- reading a cluster ---
 
 
-def _explain_all(
-    cluster: Cluster, namespace: str, name: str | None, selector: str | None
-) -> Iterator[str]:
-    """A sentence for each pod that is sought, or for each that could not be made."""
-    from k8s.client import ForbiddenError
+def sentences(
+    cluster: Cluster, namespace: str, *, name: str | None = None, selector: str | None = None
+) -> list[str]:
+    """A sentence for each pod that is sought, or for each that could not be made.
+
+    Args:
+        cluster: where.
+        namespace: of the pods.
+        name: of the pod, or
+        selector: labels of the pods.
+
+    Raises:
+        ClusterError: there is no such pod and nothing says why, or the cluster does not answer.
+    """
+    from k8s.client import ClusterError, ForbiddenError
 
     def items(path: str) -> list[Object]:
         try:
@@ -617,15 +620,32 @@ def _explain_all(
     query = (
         {"fieldSelector": f"metadata.name={name}"} if name else {"labelSelector": selector or ""}
     )
-    sought = cluster.items(f"{place}/pods", **query)
-    events = items(f"{place}/events")
-    if not sought:
-        yield from _never_made(events, name, selector)
-        return
-    nodes, pods = items("/api/v1/nodes"), items("/api/v1/pods")
-    claims = items(f"{place}/persistentvolumeclaims")
-    for pod in sought:
-        yield explain(pod, nodes, events, pods=pods, claims=claims)
+    if sought := cluster.items(f"{place}/pods", **query):
+        return list(map(explainer(items, namespace), sought))
+    if refused := list(_never_made(items(f"{place}/events"), name, selector)):
+        return refused
+    what = name or f"with the labels {selector}"
+    raise ClusterError(
+        f"there is no pod {what} in the namespace {namespace}, and no event that says why; "
+        "`kubectl get pods --all-namespaces` shows where it may be"
+    )
+
+
+def explainer(items: Callable[[str], Sequence[Object]], namespace: str) -> Callable[[Object], str]:
+    """Reads what surrounds the pods of a namespace, once, and gives what explains each of them.
+
+    Args:
+        items: reads a list of the API by its path.
+        namespace: of the pods.
+    """
+    place = f"/api/v1/namespaces/{namespace}"
+    return partial(
+        explain,
+        nodes=items("/api/v1/nodes"),
+        events=items(f"{place}/events"),
+        pods=items("/api/v1/pods"),
+        claims=items(f"{place}/persistentvolumeclaims"),
+    )
 
 
 def _never_made(events: Sequence[Object], name: str | None, selector: str | None) -> Iterator[str]:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -240,10 +241,8 @@ def create(cluster: str, config: Config, image: str | None, timeout: float) -> N
     command = ["kind", "create", "cluster", "--name", cluster, "--config", "-"]
     if image:
         command += ["--image", image]
-    before = run(["kubectl", "config", "current-context"])
-    done = run(command, text=yaml.safe_dump(config.document), timeout=timeout)
-    if before.returncode == 0:
-        run(["kubectl", "config", "use-context", before.stdout.strip()])
+    with _current_context_kept():
+        done = run(command, text=yaml.safe_dump(config.document), timeout=timeout)
     if done.returncode == 0:
         return
     if "could not find a log line" in done.stderr:
@@ -252,6 +251,15 @@ def create(cluster: str, config: Config, image: str | None, timeout: float) -> N
             " start again when it is quieter"
         )
     raise ToolError(f"kind could not make the cluster: {why(done.stderr)}")
+
+
+@contextmanager
+def _current_context_kept() -> Iterator[None]:
+    """Put the kubeconfig's current context back, which kind changes."""
+    before = run(["kubectl", "config", "current-context"])
+    yield
+    if before.returncode == 0:
+        run(["kubectl", "config", "use-context", before.stdout.strip()])
 
 
 class SlowStartError(ToolError):
@@ -267,10 +275,8 @@ def delete(cluster: str) -> None:
 
 def export_kubeconfig(cluster: str) -> None:
     """Add the context of a cluster to the kubeconfig, whose current context stays."""
-    before = run(["kubectl", "config", "current-context"])
-    done = run(["kind", "export", "kubeconfig", "--name", cluster], timeout=60)
-    if before.returncode == 0:
-        run(["kubectl", "config", "use-context", before.stdout.strip()])
+    with _current_context_kept():
+        done = run(["kind", "export", "kubeconfig", "--name", cluster], timeout=60)
     if done.returncode != 0:
         raise ToolError(f"kind could not write the kubeconfig: {why(done.stderr)}")
 

@@ -24,6 +24,7 @@ import yaml
 
 from driftmill.contract import LOCAL_SCHEMES, Contract, ContractError, load
 from driftmill.home import find
+from driftmill.images import for_steps
 from driftmill.monitor import dashboards, rules
 from driftmill.store import write_atomic
 from driftmill.version import code_version
@@ -189,16 +190,14 @@ def compile_package(
 
 def _images(contract: Contract, image: str | None) -> dict[Need, str]:
     """The image for each need; the one with CUDA, which is large, only where there is a GPU."""
-    from components.image import image as usual
-
     if image:
         return dict.fromkeys(("little", "data", "training"), image)
-    light = usual("vision" if contract.is_vision else "tabular")
+    light = for_steps("vision" if contract.is_vision else "tabular")
     gpu = contract.is_vision and contract.train.resources.gpu
     return {
         "little": light,
         "data": light,
-        "training": usual("vision-cuda") if gpu else light,
+        "training": for_steps("vision-cuda") if gpu else light,
     }
 
 

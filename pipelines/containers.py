@@ -59,9 +59,8 @@ class DockerError(RuntimeError):
 
 
 def image(contract: Contract) -> str:
-    """The image of a contract's steps. `DRIFTMILL_IMAGE` names another one."""
-    named = os.environ.get("DRIFTMILL_IMAGE")
-    return named or images.reference("python-vision" if contract.is_vision else "python-tabular")
+    """The image of a contract's steps."""
+    return images.for_steps("vision" if contract.is_vision else "tabular")
 
 
 def check(name: str) -> None:

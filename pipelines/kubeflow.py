@@ -11,7 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from urllib.parse import urlsplit
 
 import httpx
 import yaml
+
+from driftmill.contract import Contract, ContractError
+from driftmill.home import find
+from pipelines import compile as packages
 
 #: Variables that `kfp` knows, too.
 ENDPOINT, UI = "KF_PIPELINES_ENDPOINT", "KF_PIPELINES_UI_ENDPOINT"
@@ -34,6 +40,9 @@ _PORT_FORWARD = "kubectl port-forward -n kubeflow svc/ml-pipeline 8888:8888"
 
 #: Reads a package five times as fast where PyYAML comes with it, which it nearly always does.
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+#: Exit codes.
+FAILED, USAGE = 1, 2
 
 Object = dict[str, Any]
 
@@ -60,7 +69,6 @@ class Kubeflow:
     Args:
         endpoint: its address, e.g. `http://localhost:8888`; None: `$KF_PIPELINES_ENDPOINT`.
         namespace: the user's namespace, where there are many users.
-        client: for tests: what asks.
 
     Raises:
         ApiError: no endpoint is given, nothing answers there, or something else does.
@@ -252,6 +260,48 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def answer(command: Callable[[], int]) -> int:
+    """Run a command; what the user has to know becomes a sentence on stderr and an exit code."""
+    try:
+        return command()
+    except ContractError as error:
+        print(error, file=sys.stderr)
+        return USAGE
+    except ApiError as error:
+        print(f"driftmill: {error}", file=sys.stderr)
+        return USAGE if error.usage else FAILED
+    except packages.PackageError as error:
+        print(f"driftmill: {error}", file=sys.stderr)
+        return FAILED
+
+
+def store_uri(options: argparse.Namespace) -> str:
+    """The store that is asked for. Raises ApiError for a folder of this machine."""
+    uri: str = options.store or find().store_uri
+    if packages.is_folder(uri):
+        raise ApiError(
+            f"the store {uri} is a folder of this machine, which a cluster has not got; give "
+            "--store s3://... or gs://...",
+            usage=True,
+        )
+    return uri
+
+
+def body(
+    contract: Contract, store: str, parameters: dict[str, str], options: argparse.Namespace
+) -> Object:
+    """What a run and a recurring run have in common: the compiled package and its settings."""
+    packages.note_local_files(contract)
+    with tempfile.TemporaryDirectory(prefix="driftmill-") as folder:
+        path = packages.compile_package(contract, Path(folder), store=store, image=options.image)
+        spec = package(path)
+    config: Object = {"parameters": parameters}
+    if options.pipeline_root:
+        config["pipeline_root"] = options.pipeline_root
+    account = {"service_account": options.service_account} if options.service_account else {}
+    return {"pipeline_spec": spec, "runtime_config": config, **account}
+
+
 def package(path: Path) -> Object:
     """A compiled package as the API takes it."""
     documents = list(yaml.load_all(path.read_text(encoding="utf-8"), _LOADER))
@@ -260,14 +310,6 @@ def package(path: Path) -> Object:
         return spec
     pipeline, platform = documents
     return {"pipeline_spec": pipeline, "platform_spec": platform}
-
-
-def runtime(parameters: dict[str, str], options: argparse.Namespace) -> Object:
-    """The `runtime_config` of a run."""
-    config: Object = {"parameters": parameters}
-    if options.pipeline_root:
-        config["pipeline_root"] = options.pipeline_root
-    return config
 
 
 def _message(response: httpx.Response) -> str:

@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from driftmill import runs
 from driftmill.runs import Outcome
+from driftmill.store import Store
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -168,6 +170,28 @@ def bar(watch: Clock) -> Iterator[Bar]:
     columns = (SpinnerColumn(), Filling(), Times(), TextColumn("{task.description}"))
     with Progress(*columns, transient=True) as progress:
         yield Bar(watch, progress, progress.add_task("starting", total=None))
+
+
+def conclusion(outcome: Outcome, store: Store, log: str | None = None) -> Iterator[str]:
+    """How a run has ended, for people, line by line.
+
+    Args:
+        outcome: of the run.
+        store: where the run's folder is.
+        log: file in it with what the steps printed; None: there is none.
+    """
+    # The gate's reasons begin with the decision, those of failures do not.
+    judged = outcome.state in ("promoted", "rejected")
+    yield outcome.reason if judged else f"{outcome.state}: {outcome.reason}"
+    folder = f"{store.uri}/{runs.key(outcome.model, outcome.run_id)}"
+    if outcome.version:
+        yield f"  version   {outcome.version}"
+    if outcome.verdict:
+        yield f"  report    {folder}/report.html"
+    if log and not judged:
+        yield f"  output    {folder}/{log}"
+    yield f"  run       {outcome.run_id}"
+    yield f"  tracking  {outcome.tracking}"
 
 
 def label(event: dict[str, Any]) -> str:

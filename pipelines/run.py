@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from driftmill import runs
+from driftmill import runs, tracking
 from driftmill.contract import Contract, ContractError, load
 from driftmill.home import Home, cores, find
 from driftmill.runs import Outcome
@@ -144,7 +144,7 @@ def _watch(
         trigger=options.trigger,
         code_version=code_version(),
         failure=failure,
-        tracking="none" if contract.tracking.backend == "none" else runs.UNRECORDED,
+        tracking=tracking.pending(contract),
     )
     log_key = runs.key(contract.model, run_id, "output.log")
     store.write(log_key, (root / "output.log").read_bytes())
@@ -277,18 +277,7 @@ def _conclude(outcome: Outcome, store: Store, options: argparse.Namespace) -> No
     if options.events:
         print(json.dumps({"event": "outcome", **outcome.model_dump(mode="json")}), flush=True)
         return
-    # The gate's reasons begin with the decision, those of failures do not.
-    judged = outcome.state in ("promoted", "rejected")
-    print(outcome.reason if judged else f"{outcome.state}: {outcome.reason}")
-    folder = f"{store.uri}/{runs.key(outcome.model, outcome.run_id)}"
-    if outcome.version:
-        print(f"  version   {outcome.version}")
-    if outcome.verdict:
-        print(f"  report    {folder}/report.html")
-    if outcome.state in ("failed", "stopped"):
-        print(f"  output    {folder}/output.log")
-    print(f"  run       {outcome.run_id}")
-    print(f"  tracking  {outcome.tracking}", flush=True)
+    print(*progress.conclusion(outcome, store, log="output.log"), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

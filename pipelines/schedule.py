@@ -10,18 +10,13 @@ import argparse
 import hashlib
 import json
 import sys
-import tempfile
-from pathlib import Path
 
 from croniter import CroniterBadCronError, croniter
 
-from driftmill.contract import Contract, ContractError, load
-from driftmill.home import find
+from driftmill.contract import Contract, load
 from pipelines import compile as packages
 from pipelines import kubeflow
 from pipelines.kubeflow import ApiError, Kubeflow, Object
-
-DONE, FAILED, USAGE = 0, 1, 2
 
 _EPILOG = """\
 Example: driftmill schedule contract.yaml --cron '0 3 * * *' --store s3://models/driftmill
@@ -35,19 +30,13 @@ exit codes: 0 done, 1 failed, 2 wrong usage or a bad contract
 def main(arguments: list[str] | None = None) -> int:
     """Create, replace or remove the recurring run, and return the exit code."""
     options = _options(arguments)
-    try:
+
+    def command() -> int:
         contract = load(options.contract)
         print(_remove(contract, options) if options.remove else _schedule(contract, options))
-    except ContractError as error:
-        print(error, file=sys.stderr)
-        return USAGE
-    except ApiError as error:
-        print(f"driftmill: {error}", file=sys.stderr)
-        return USAGE if error.usage else FAILED
-    except packages.PackageError as error:
-        print(f"driftmill: {error}", file=sys.stderr)
-        return FAILED
-    return DONE
+        return 0
+
+    return kubeflow.answer(command)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -107,29 +96,16 @@ def _schedule(contract: Contract, options: argparse.Namespace) -> str:
         six = six_fields(cron)
     except ValueError as error:
         raise ApiError(str(error), usage=True) from None
-    store = options.store or find().store_uri
-    if packages.is_folder(store):
-        raise ApiError(
-            f"the store {store} is a folder of this machine, which a cluster has not got; give "
-            "--store s3://... or gs://...",
-            usage=True,
-        )
+    store = kubeflow.store_uri(options)
     api = Kubeflow(options.endpoint, options.namespace)
-    packages.note_local_files(contract)
-    with tempfile.TemporaryDirectory(prefix="driftmill-") as folder:
-        path = packages.compile_package(contract, Path(folder), store=store, image=options.image)
-        spec = kubeflow.package(path)
     wanted: Object = {
+        **kubeflow.body(contract, store, {"trigger": "schedule"}, options),
         "display_name": name(contract),
         "experiment_id": api.experiment(options.experiment or contract.model),
-        "pipeline_spec": spec,
-        "runtime_config": kubeflow.runtime({"trigger": "schedule"}, options),
         "trigger": {"cron_schedule": {"cron": six}},
         "max_concurrency": "1",
         "no_catchup": True,
     }
-    if options.service_account:
-        wanted["service_account"] = options.service_account
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     wanted["description"] = f"made by driftmill schedule, {digest}"
     return f"{name(contract)}: {_replace(api, wanted)} ({cron}, UTC)"

@@ -7,34 +7,27 @@ from what Kubeflow says of its tasks. The run is Kubeflow's: it goes on when thi
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import re
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
-from driftmill import extras, runs
-from driftmill.contract import Contract, ContractError, load, parse_duration
-from driftmill.home import find
+from driftmill import extras, runs, tracking
+from driftmill.contract import Contract, load, parse_duration
 from driftmill.store import Store
 from driftmill.version import code_version
 from pipelines import compile as packages
 from pipelines import kubeflow, progress
 from pipelines.kubeflow import ApiError, Kubeflow, Object
+from pipelines.run import EXIT_CODES, INTERRUPTED
 
-PROMOTED, FAILED, USAGE, REJECTED, STOPPED, INTERRUPTED = 0, 1, 2, 3, 4, 130
-EXIT_CODES: dict[runs.State, int] = {
-    "promoted": PROMOTED, "failed": FAILED, "rejected": REJECTED, "stopped": STOPPED,
-}  # fmt: skip
 #: Seconds between two looks at a run.
 POLL = 2.0
 #: Seconds without an answer after which a run is no longer followed.
@@ -62,18 +55,7 @@ exit codes: 0 promoted (--no-wait: started), 1 failed, 2 wrong usage or a bad co
 def main(arguments: list[str] | None = None) -> int:
     """Submit and follow, and return the exit code."""
     options = _options(arguments)
-    try:
-        contract = load(options.contract)
-        return _submit(contract, options)
-    except ContractError as error:
-        print(error, file=sys.stderr)
-        return USAGE
-    except ApiError as error:
-        print(f"driftmill: {error}", file=sys.stderr)
-        return USAGE if error.usage else FAILED
-    except packages.PackageError as error:
-        print(f"driftmill: {error}", file=sys.stderr)
-        return FAILED
+    return kubeflow.answer(lambda: _submit(load(options.contract), options))
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -116,16 +98,11 @@ def _duration(text: str) -> float:
 
 
 def _submit(contract: Contract, options: argparse.Namespace) -> int:
-    store_uri = options.store or find().store_uri
-    if packages.is_folder(store_uri):
-        return _misused(
-            f"the store {store_uri} is a folder of this machine, which a cluster has not got; "
-            "give --store s3://... or gs://..."
-        )
+    store_uri = kubeflow.store_uri(options)
     run_id = options.run_id or runs.new_id()
     if not runs.is_id(run_id):
-        return _misused(
-            f"not a run id: {run_id!r}; use letters, digits, dot, underscore and hyphen"
+        raise ApiError(
+            f"not a run id: {run_id!r}; use letters, digits, dot, underscore and hyphen", usage=True
         )
     run: Object | None = None
     with _interruptible():
@@ -142,7 +119,7 @@ def _submit(contract: Contract, options: argparse.Namespace) -> int:
             sys.stdout.flush()
             if not options.wait:
                 print(f"follow it: {_again(run, options)}")
-                return PROMOTED
+                return EXIT_CODES["promoted"]
             return _follow(api, contract, run, _readable(store_uri), options)
         except KeyboardInterrupt:
             if run is None:
@@ -155,11 +132,6 @@ def _submit(contract: Contract, options: argparse.Namespace) -> int:
             if run is not None:
                 print(f"follow it again: {_again(run, options)}", file=sys.stderr)
             raise
-
-
-def _misused(message: str) -> int:
-    print(f"driftmill: {message}", file=sys.stderr)
-    return USAGE
 
 
 def _find(api: Kubeflow, experiment: str, name: str) -> Object:
@@ -185,20 +157,10 @@ def _start(
         raise ApiError(
             f"{contract.model} has a run {run_id} already; choose another id, or none", usage=True
         )
-    packages.note_local_files(contract)
-    with tempfile.TemporaryDirectory(prefix="driftmill-") as folder:
-        path = packages.compile_package(contract, Path(folder), store=store, image=options.image)
-        spec = kubeflow.package(path)
-    body: Object = {
-        "display_name": run_id,
-        "experiment_id": experiment,
-        "pipeline_spec": spec,
-        "runtime_config": kubeflow.runtime({"run_id": run_id, "trigger": options.trigger}, options),
-    }
-    if options.service_account:
-        body["service_account"] = options.service_account
+    parameters = {"run_id": run_id, "trigger": options.trigger}
+    body = kubeflow.body(contract, store, parameters, options)
     try:
-        return api.create_run(body)
+        return api.create_run({**body, "display_name": run_id, "experiment_id": experiment})
     except ApiError as error:
         # Where the answer got lost, the run may have been started all the same.
         if error.passing and (found := _found(api, experiment, run_id)):
@@ -240,7 +202,7 @@ def _readable(uri: str) -> Store | None:
     """The store, if it can be read from here."""
     try:
         store = Store(uri)
-        store.exists("any/rollout")
+        store.probe()
     except (OSError, ValueError, ModuleNotFoundError) as error:
         advice = extras.advice(error) if isinstance(error, ModuleNotFoundError) else None
         print(
@@ -290,7 +252,7 @@ def _follow(
                     f"{_again(run, options)}",
                     file=sys.stderr,
                 )
-                return FAILED
+                return EXIT_CODES["failed"]
             time.sleep(POLL)
     return _conclude(contract, run_id, run, store, options)
 
@@ -424,10 +386,13 @@ def _why(run: Object, options: argparse.Namespace) -> list[str]:
             "and --context NAME lets this command say why they wait"
         ]
     from k8s import explain
+    from k8s.client import Cluster, ClusterError
 
-    with redirect_stdout(io.StringIO()) as said, redirect_stderr(said):
-        explain.main(["--context", options.context, "-n", namespace, "--selector", labels])
-    return [line for line in said.getvalue().splitlines() if not line.endswith(" has finished.")]
+    try:
+        said = explain.sentences(Cluster(options.context), namespace, selector=labels)
+    except ClusterError as error:
+        return [str(error)]
+    return [sentence for sentence in said if not sentence.endswith(" has finished.")]
 
 
 def _parameter(run: Object, name: str) -> str:
@@ -455,21 +420,15 @@ def _conclude(
                 trigger=_parameter(run, "trigger") or "manual",
                 code_version=code_version(),
                 failure=reason if state == "failed" else "",
-                tracking="none" if contract.tracking.backend == "none" else runs.UNRECORDED,
+                tracking=tracking.pending(contract),
             )
         except OSError as error:
             print(f"note: {error}; the outcome is what Kubeflow says", file=sys.stderr)
     if outcome is None:
         print(f"{state}: {reason}")
         return EXIT_CODES[state]
-    judged = outcome.state in ("promoted", "rejected")
-    print(outcome.reason if judged else f"{outcome.state}: {outcome.reason}")
-    if outcome.version:
-        print(f"  version   {outcome.version}")
-    if outcome.verdict and store is not None:
-        print(f"  report    {store.uri}/{runs.key(outcome.model, outcome.run_id)}/report.html")
-    print(f"  run       {outcome.run_id}")
-    print(f"  tracking  {outcome.tracking}", flush=True)
+    assert store is not None  # where the outcome was read
+    print(*progress.conclusion(outcome, store), sep="\n", flush=True)
     return EXIT_CODES[outcome.state]
 
 

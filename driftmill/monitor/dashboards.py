@@ -10,7 +10,7 @@ training run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 #: Version of the schema, of Grafana 11; newer ones read it.
@@ -67,7 +67,6 @@ class Annotation:
     expr: str
     colour: str
     text: str
-    tags: tuple[str, ...] = field(default=())
 
 
 _ALARM = (("red", 1.0),)

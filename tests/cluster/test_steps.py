@@ -54,7 +54,7 @@ ALL = ["prepare", "fit", "fit", "assemble", "judge", "promote", "record"]
 @pytest.fixture(scope="module")
 def image(loaded: Callable[[str], str]) -> str:
     """The component image, in the cluster."""
-    from components.image import image as usual_image
+    from driftmill.images import for_steps as usual_image
 
     return loaded(usual_image("tabular"))
 

@@ -11,11 +11,11 @@ import pytest
 
 from components.common.promote import promote
 from components.common.record import record
-from components.image import image
 from components.training.assemble import assemble
 from components.training.fit import fit
 from components.training.judge import judge
 from components.training.prepare import prepare
+from driftmill.images import for_steps as image
 
 COMPONENTS = [prepare, fit, assemble, judge, promote, record]
 by_name = pytest.mark.parametrize("component", COMPONENTS, ids=lambda c: c.name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +12,9 @@ import pytest
 
 from pipelines import compile as packages
 from pipelines import schedule
-from tests.conftest import CONTRACT
-from tests.pipelines.standin import Refused, StandIn, serve
+from tests.pipelines.standin import Refused, StandIn
 
 STORE = "s3://models/store"
-
-
-@pytest.fixture
-def kfp() -> Iterator[StandIn]:
-    with serve() as state:
-        yield state
-
-
-@pytest.fixture
-def contract(tmp_path: Path) -> Path:
-    path = tmp_path / "contract.yaml"
-    path.write_text(CONTRACT)
-    return path
 
 
 @pytest.fixture(autouse=True)

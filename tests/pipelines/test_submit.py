@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,10 @@ from driftmill import runs
 from driftmill.store import Store
 from pipelines import compile as packages
 from pipelines import kubeflow, submit
-from tests.conftest import CONTRACT
-from tests.pipelines.standin import Refused, StandIn, run, serve, task
+from tests.pipelines.standin import Refused, StandIn, run, task
 
 STORE = "s3://models/store"
 DONE = [task("prepare", "SUCCEEDED", 1), task("fit", "SUCCEEDED", 2), task("judge", "SUCCEEDED", 3)]
-
-
-@pytest.fixture
-def kfp() -> Iterator[StandIn]:
-    with serve() as state:
-        yield state
-
-
-@pytest.fixture
-def contract(tmp_path: Path) -> Path:
-    path = tmp_path / "contract.yaml"
-    path.write_text(CONTRACT)
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -395,7 +380,8 @@ def test_why_a_step_waits_is_said_once(
     assert submitted(kfp, contract) == 3
     hint = "kubectl get pods -n kubeflow -l pipeline/runid="
     assert capsys.readouterr().out.count(hint) == 1
-    monkeypatch.setattr("k8s.explain.main", lambda arguments: print("no node has a GPU") or 0)
+    monkeypatch.setattr("k8s.client.Cluster", lambda context: context)
+    monkeypatch.setattr("k8s.explain.sentences", lambda *where, selector: ["no node has a GPU"])
     kfp.script = [waiting] * 20 + [run("SUCCEEDED", *DONE)]
     assert submitted(kfp, contract, "--context", "kind-x") == 3
     assert capsys.readouterr().out.count("  waiting: no node has a GPU") == 1
