@@ -13,6 +13,7 @@ import sys
 BENCHMARKS = {
     "step_overhead": "what KFP's local runner adds to a step",
     "train_time": "seconds to search and fit each family",
+    "batch": "rows a second of `driftmill batch`, beside pandas with scikit-learn",
     "vision_drift": "how soon the monitor notices what happens to images",
     "vision_serving": "images a second, beside BentoML with torch and FastAPI with ONNX Runtime",
     "vision_train": "seconds and accuracy of a network, over seeds",

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -469,8 +470,6 @@ def status(as_json: AsJson = False) -> None:
 
     Example: driftmill status --json
     """
-    from dataclasses import asdict
-
     from driftmill import stack
 
     home = _home()
@@ -634,6 +633,68 @@ def predict(
     _table(
         ["prediction", "score"], [[p["prediction"], p.get("score")] for p in answer["predictions"]]
     )
+
+
+@app.command()
+def batch(
+    which: Annotated[
+        str, typer.Argument(metavar="CONTRACT|MODEL", help="Whose model.", show_default=False)
+    ],
+    source: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            "-i",
+            help="Parquet: a file, a folder or a pattern; a path or a URL (s3://, gs://).",
+            show_default=False,
+        ),
+    ],
+    into: Annotated[
+        str,
+        typer.Option(
+            "--output", "-o", help="Folder or URL for the scores; made.", show_default=False
+        ),
+    ],
+    model_version: Annotated[
+        str | None,
+        typer.Option("--version", help="Version. Default: the champion.", show_default=False),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Column to copy from the input; may be given again. Default: the contract's id.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a Parquet set. Given again after an interruption, it goes on where it stopped.
+
+    Example: driftmill batch contract.yaml --input rows/ --output scores/ --keep customer
+    """
+    from driftmill import batch as batches
+    from driftmill import bundle, rollout
+    from driftmill.store import Store
+
+    home = _home()
+    model = _model(which, home)
+    now = rollout.read(home.store, model)
+    if now is None and model_version is None:
+        raise Problem(f"{model} has no champion yet; `driftmill train` makes one")
+    loaded = bundle.fetch(home.store, model, model_version or (now.champion if now else ""))
+    started = time.monotonic()
+    with _progress(None, "rows") as progress:
+        done = batches.score(loaded, source, Store(into), keep=keep or None, progress=progress)
+    if as_json:
+        _print_json(asdict(done))
+        return
+    seconds = time.monotonic() - started
+    _say(
+        f"{done.model} {done.version}: {done.rows:,} rows in {done.parts} files below {into}, "
+        f"{seconds:.1f} s" + (f", {done.kept} files were there" if done.kept else "")
+    )
+    if done.problems:
+        _say(f"{done.problems:,} rows have no prediction; the column `problem` says why")
 
 
 def _records(record: str | None, file: Path | None, document: Contract) -> list[dict[str, Any]]:
@@ -1342,9 +1403,9 @@ def _spinner(text: str) -> Iterator[Callable[[str], None]]:
 
 
 @contextmanager
-def _progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def _progress(total: int | None, unit: str) -> Iterator[Callable[..., None]]:
     """A bar with rate and time left on stderr, where that is a terminal; what is yielded takes how
-    many are done."""
+    many are done and, where that was not known before, of how many."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -1366,9 +1427,9 @@ def _progress(total: int, unit: str) -> Iterator[Callable[[int], None]]:
     task = bar.add_task("", total=total, rate=0.0)
     started = time.monotonic()
 
-    def advance(done: int) -> None:
+    def advance(done: int, total: int | None = total) -> None:
         rate = done / max(time.monotonic() - started, 1e-9)
-        bar.update(task, completed=done, rate=rate)
+        bar.update(task, completed=done, total=total, rate=rate)
 
     with bar:
         yield advance
