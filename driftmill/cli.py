@@ -1202,6 +1202,47 @@ def trigger(
 
 
 @app.command()
+def backup(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A new file, .tar or .tar.gz.", show_default=False),
+    ],
+) -> None:
+    """Write store, ledger, tracking and log into one file, while everything runs.
+
+    Example: driftmill backup /backups/driftmill-$(date +%F).tar.gz
+    """
+    from driftmill import backup as backups
+
+    with _spinner("reading") as show:
+        done = backups.backup(_home(), path, show)
+    _say(f"{path}: {done.files:,} files, {done.bytes / 1e6:,.1f} MB")
+    for what in done.elsewhere:
+        _say(f"note: the {what} lies elsewhere and is not in it; back it up there")
+
+
+@app.command()
+def restore(
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="A backup.", show_default=False)],
+) -> None:
+    """Bring back what `driftmill backup` wrote, into an empty home and store.
+
+    Example: driftmill --home /srv/driftmill restore driftmill-2026-11-25.tar.gz
+    """
+    from driftmill import backup as backups
+    from driftmill import stack
+
+    home = _home()
+    if running := [name for name in stack.PORTS if stack.address(home, name)]:
+        raise Problem(f"{', '.join(running)} runs in {home.folder}; `driftmill down` first")
+    with _spinner("checking") as show:
+        done = backups.restore(home, path, show)
+    _say(f"{home.folder}: {done.files:,} files as of {done.created:%F %T} UTC")
+    for what in done.elsewhere:
+        _say(f"note: the {what} lay elsewhere; restore it there")
+
+
+@app.command()
 def demo(
     example: Annotated[
         str, typer.Argument(help="payments, bike-sharing, digits or fashion-mnist.")

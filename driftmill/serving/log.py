@@ -198,7 +198,7 @@ class Log:
         waiting, error = 0, None
         for path in sorted(self.folder.glob("*/*.jsonl")):
             try:
-                _move(path, self.store, self.model)
+                _move(path, self.store)
             except (OSError, pa.ArrowException, msgspec.DecodeError) as problem:
                 waiting += 1
                 self.ship_failures += 1
@@ -280,7 +280,14 @@ class _SpoolFile:
         os.close(self.fd)
 
 
-def _move(path: Path, store: Store, model: str) -> None:
+def segment(path: Path) -> str:
+    """Key of the segment that a spool file, `<model>/<kind>/<file>`, becomes."""
+    model, kind = path.parts[-3:-1]
+    day, rest = path.stem.split("-", 1)
+    return f"{model}/log/{kind}/{day}/{rest}.parquet"
+
+
+def _move(path: Path, store: Store) -> None:
     """Move one spool file, unless its writer lives or another process is at it."""
     try:
         file = path.open("rb")
@@ -302,8 +309,7 @@ def _move(path: Path, store: Store, model: str) -> None:
             pyarrow.parquet.write_table(
                 table, buffer, compression="zstd", use_dictionary=shared or False
             )
-            day, rest = path.stem.split("-", 1)
-            store.write(f"{model}/log/{path.parent.name}/{day}/{rest}.parquet", buffer.getvalue())
+            store.write(segment(path), buffer.getvalue())
         path.unlink()
 
 
