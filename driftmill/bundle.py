@@ -10,6 +10,7 @@
 | `report.html` | how it was judged (added by the gate) |
 | `weights.safetensors` | a network's weights: to explain it, and to go on training from |
 | `training.json` | how a network learnt: its history, the other runs, diagnostics |
+| `manifest.sig` | a signature of the manifest, where training has a key: `driftmill.signing` |
 
 The version is the digest of model, schema, reference and examples: the same training gives the
 same version. Nothing in a bundle is executed when it is loaded.
@@ -36,11 +37,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from driftmill import features
+from driftmill import features, signing
 from driftmill.contract import Contract
 from driftmill.features import EMBEDDING, IMAGE, Signature
 from driftmill.home import cores
 from driftmill.serving.session import Session
+from driftmill.signing import SIGNATURE
 from driftmill.store import Store, sha256, write_atomic
 from driftmill.version import code_version
 
@@ -221,10 +223,27 @@ def write(
 
 
 def add(folder: Path, name: str, content: bytes, metrics: dict[str, float]) -> Manifest:
-    """Add a file and metrics to a bundle; the version stays, as its core files do."""
+    """Add a file and metrics to a bundle; the version stays, as its core files do. A signature is
+    of what was there before, and goes."""
     manifest = read_manifest(folder)
+    (folder / SIGNATURE).unlink(missing_ok=True)
     (folder / name).write_bytes(content)
     return _write_manifest(folder, **{**dict(manifest), "metrics": {**manifest.metrics, **metrics}})
+
+
+def put(store: Store, folder: Path, manifest: Manifest) -> None:
+    """Put a bundle into the store, where it is not there yet.
+
+    Raises:
+        BundleError: it is there, but unsigned, and this one is signed.
+    """
+    place = key(manifest.model, manifest.version)
+    store.put_folder(folder, place, MANIFEST)
+    if (folder / SIGNATURE).exists() and not store.exists(f"{place}/{SIGNATURE}"):
+        raise BundleError(
+            f"{store.uri} holds {manifest.model} {manifest.version} already, unsigned: sign it with"
+            f" `driftmill verify {manifest.model} {manifest.version} --sign`"
+        )
 
 
 def answers(output: np.ndarray, signature: Signature) -> dict[str, np.ndarray]:
@@ -250,8 +269,24 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{folder / MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
 
 
-def verify(folder: Path) -> Manifest:
-    """Check that a bundle is complete and unchanged. Raises BundleError with the reason."""
+def sign(folder: Path) -> None:
+    """Sign a bundle, where the environment names a key (`driftmill.signing`), for what has been
+    added since changes its manifest. Raises SigningError."""
+    signature = signing.sign((folder / MANIFEST).read_bytes())
+    if signature is not None:
+        write_atomic(folder / SIGNATURE, signature)
+
+
+def verify(folder: Path, *, signed: bool = True) -> Manifest:
+    """Check that a bundle is complete and unchanged, and signed where that is demanded.
+
+    Args:
+        folder: the bundle.
+        signed: False before it is signed: no signature is looked for.
+
+    Raises:
+        BundleError: with the reason.
+    """
     manifest = read_manifest(folder)
     if manifest.format != FORMAT:
         raise BundleError(
@@ -269,25 +304,34 @@ def verify(folder: Path) -> Manifest:
             raise BundleError(f"{folder}: {name} is missing")
         if sha256(path) != digest:
             raise BundleError(f"{folder}: {name} is not the file that the manifest names (sha256)")
-    extra = {p.name for p in folder.iterdir()} - set(manifest.files) - {MANIFEST}
+    extra = {p.name for p in folder.iterdir()} - set(manifest.files) - {MANIFEST, SIGNATURE}
     if extra:
         raise BundleError(f"{folder}: {', '.join(sorted(extra))} is not in the manifest")
     if _version(manifest.files) != manifest.version:
         raise BundleError(f"{folder}: the version {manifest.version} does not fit the files")
+    if signed:
+        path = folder / SIGNATURE
+        try:
+            signing.check(
+                (folder / MANIFEST).read_bytes(), path.read_bytes() if path.exists() else None
+            )
+        except signing.SigningError as error:
+            raise BundleError(f"{folder}: {error}") from None
     return manifest
 
 
-def load(folder: Path, model: str | None = None) -> Bundle:
+def load(folder: Path, model: str | None = None, *, signed: bool = True) -> Bundle:
     """Verify a bundle, load its model and replay its examples.
 
     Args:
         folder: the bundle.
         model: whose it must be; None takes any.
+        signed: as for `verify`.
 
     Raises:
         BundleError: it is damaged, foreign, cannot be loaded, or answers its examples otherwise.
     """
-    manifest = verify(folder)
+    manifest = verify(folder, signed=signed)
     if model is not None and manifest.model != model:
         raise BundleError(f"{folder} is a bundle of {manifest.model!r}, not of {model!r}")
     try:
@@ -305,6 +349,38 @@ def load(folder: Path, model: str | None = None) -> Bundle:
     if output.shape != expected.shape or not np.allclose(output, expected, rtol=most, atol=most):
         raise BundleError(f"{folder}: the model does not answer its examples as it did in training")
     return Bundle(folder, manifest, signature, session)
+
+
+def examine(folder: Path, *, signed: bool = True) -> dict[str, Any]:
+    """Check all that can be checked of a bundle, and tell what was found and where it comes from.
+
+    Args:
+        folder: the bundle.
+        signed: as for `verify`.
+
+    Raises:
+        BundleError: as `load`.
+    """
+    loaded = load(folder, signed=signed)
+    manifest, path = loaded.manifest, folder / SIGNATURE
+    signature = "none"
+    if path.exists():
+        key = signing.check((folder / MANIFEST).read_bytes(), path.read_bytes()) if signed else None
+        signature = f"by {key}, which is trusted" if key else "there is one; no key to check it by"
+    examples = len(json.loads((folder / "examples.json").read_bytes())["output"])
+    return {
+        "model": manifest.model,
+        "version": f"{manifest.version}",
+        "files": f"{len(manifest.files)}, each with the sha256 that the manifest names",
+        "signature": signature,
+        "examples": f"{examples}, answered as in training",
+        "created": f"{manifest.created:%F %T} UTC",
+        "family": manifest.family,
+        "data": manifest.data.get("fingerprint", "unknown"),
+        "contract": hashlib.sha256(manifest.contract.to_json().encode()).hexdigest(),
+        "code": manifest.code_version,
+        "environment": ", ".join(f"{n} {v}" for n, v in manifest.environment.items()),
+    }
 
 
 def fetch(store: Store, model: str, version: str, cache: Path | None = None) -> Bundle:
@@ -408,7 +484,8 @@ def _version(files: dict[str, str]) -> str:
 
 
 def _write_manifest(folder: Path, **values: Any) -> Manifest:
-    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != MANIFEST}
+    own = (MANIFEST, SIGNATURE)
+    files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name not in own}
     manifest = Manifest(**{**values, "files": files, "version": _version(files)})
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     return manifest

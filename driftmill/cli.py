@@ -1202,6 +1202,59 @@ def trigger(
 
 
 @app.command()
+def verify(
+    which: Annotated[
+        str,
+        typer.Argument(
+            metavar="BUNDLE|CONTRACT|MODEL",
+            help="A bundle's folder, or a model.",
+            show_default=False,
+        ),
+    ],
+    model_version: Annotated[
+        str | None,
+        typer.Argument(metavar="[VERSION]", help="Default: the champion.", show_default=False),
+    ] = None,
+    sign: Annotated[
+        bool,
+        typer.Option("--sign", help="Sign it with DRIFTMILL_SIGNING_KEY, if it holds otherwise."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a bundle: its files, its version, its signature, its answers; and say where it is from.
+
+    A signature is demanded where DRIFTMILL_TRUSTED_KEYS names public keys.
+
+    Example: driftmill verify payments
+    """
+    from driftmill import bundle, rollout
+    from driftmill.signing import SIGNATURE
+
+    if Path(which, bundle.MANIFEST).is_file():
+        folder, found = Path(which), None
+    else:
+        home = _home()
+        model = _model(which, home)
+        now = rollout.read(home.store, model)
+        if now is None and model_version is None:
+            raise Problem(f"{model} has no champion yet; `driftmill train` makes one")
+        version = model_version or (now.champion if now else "")
+        folder, found = bundle.locate(home.store, model, version), home.store
+    checked = bundle.examine(folder, signed=not sign)
+    if sign:
+        bundle.sign(folder)
+        if found is not None:
+            key = f"{bundle.key(checked['model'], checked['version'])}/{SIGNATURE}"
+            found.write(key, (folder / SIGNATURE).read_bytes())
+        checked = bundle.examine(folder)
+    if as_json:
+        _print_json(checked)
+        return
+    for name, value in checked.items():
+        print(f"{name:<12} {value}")
+
+
+@app.command()
 def backup(
     path: Annotated[
         Path,

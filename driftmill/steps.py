@@ -163,7 +163,7 @@ def judge(
 
         shutil.rmtree(out, ignore_errors=True)  # what an interrupted attempt left
         folder = Path(shutil.copytree(candidate, out))
-        challenger = bundle.load(folder, asked.model)
+        challenger = bundle.load(folder, asked.model, signed=False)
         now = rollout.read(place, asked.model)
         step.facts.update(
             version=challenger.version,
@@ -183,14 +183,15 @@ def judge(
 
 
 def promote(contract: str, store: str, run_id: str, folder: str | Path) -> None:
-    """Put the bundle into the store and let it serve, unless the rollout has changed since the
-    model was judged. Doing it again changes nothing."""
+    """Sign the bundle where there is a key, put it into the store and let it serve, unless the
+    rollout has changed since the model was judged. Doing it again changes nothing."""
     asked, place = _read(contract), _reach(store)
     with runs.step(place, asked.model, run_id, "promote") as step:
         from driftmill import bundle
 
-        manifest = bundle.verify(Path(folder))
-        place.put_folder(Path(folder), bundle.key(asked.model, manifest.version), bundle.MANIFEST)
+        manifest = bundle.verify(Path(folder), signed=False)
+        bundle.sign(Path(folder))
+        bundle.put(place, Path(folder), manifest)
         judged = {r.name: r for r in runs.steps(place, asked.model, run_id)}["judge"].facts
         verdict = json.loads(place.read(runs.key(asked.model, run_id, "verdict.json")))
         try:
