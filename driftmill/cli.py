@@ -1280,7 +1280,7 @@ def restore(
 ) -> None:
     """Bring back what `driftmill backup` wrote, into an empty home and store.
 
-    Example: driftmill --home /srv/driftmill restore driftmill-2026-11-25.tar.gz
+    Example: driftmill restore driftmill-2026-11-25.tar.gz
     """
     from driftmill import backup as backups
     from driftmill import stack
