@@ -9,7 +9,8 @@ What serves is one immutable `Serving` value; a poll of the rollout loads new ve
 and replaces the value in one assignment.
 
 Routes: `POST /predict`, `POST /feedback`, `GET /model`, `/livez`, `/readyz`, `/metrics`,
-`/docs.json`. All other paths go to the application that the handler is wrapped around.
+`/docs.json`, and the Open Inference Protocol below `/v2`. All other paths go to the application
+that the handler is wrapped around.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import gc
 import hashlib
 import json
 import logging
+import re
 import secrets
 import time
 from collections import deque
@@ -36,6 +38,7 @@ from driftmill import bundle, rollout
 from driftmill.bundle import Bundle, BundleError
 from driftmill.home import cores
 from driftmill.rollout import Rollout, RolloutConflict
+from driftmill.serving import open_inference
 from driftmill.serving.codec import (
     JSON,
     Answer,
@@ -77,8 +80,13 @@ _METHODS = {
     "/metrics": ("GET", "HEAD"),
     "/docs.json": ("GET", "HEAD"),
 }
+#: Paths of the Open Inference Protocol begin so.
+_V2 = "/v2"
 _JSON = (b"content-type", b"application/json")
 _RETRY = (b"retry-after", b"1")
+_V2_MODEL = re.compile(
+    r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<rest>infer|ready))?/?"
+)
 
 
 class Model:
@@ -128,6 +136,14 @@ class Serving:
         if self.challenger is not None and share(request_id) < self.rollout.weight:
             return "challenger"
         return "champion"
+
+    def role_of(self, version: str) -> Role:
+        """The role of a version that is asked for by name. Raises RequestError (404)."""
+        if version == self.champion.version:
+            return "champion"
+        if self.challenger is not None and version == self.challenger.version:
+            return "challenger"
+        raise RequestError(404, "not_found", f"The version {version!r} does not serve")
 
 
 def share(request_id: str) -> float:
@@ -317,22 +333,29 @@ class Server:
     # Requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request to a path of `_METHODS`."""
+        """Answer one request to a path that is `ours`."""
         path = scope["path"]
+        is_v2 = path not in _METHODS
         started = time.perf_counter()
         request_id = ""
         version = ""
         self._requests += 1
         try:
-            if scope["method"] not in _METHODS[path]:
-                allowed = ", ".join(_METHODS[path])
+            methods = _METHODS.get(path) or _v2_methods(path)
+            if scope["method"] not in methods:
+                allowed = ", ".join(methods)
                 raise RequestError(
                     405,
                     "method_not_allowed",
                     f"{path} takes {allowed}",
                     headers=((b"allow", allowed.encode()),),
                 )
-            if path == "/predict":
+            if is_v2 and "POST" in methods:
+                request_id, _, body = await self._receive(scope, receive)
+                response, version = await self._infer(path, body, request_id)
+            elif is_v2:
+                response = self._get_v2(path)
+            elif path == "/predict":
                 request_id, kind, body = await self._receive(scope, receive)
                 answer = self.predict(body, request_id, kind)
                 if self._serving().champion.codec.threaded:
@@ -344,13 +367,14 @@ class Server:
             else:
                 response = self._get(path)
         except RequestError as error:
-            response = Response(error.status, error.body(), [_JSON, *error.headers])
+            content = json.dumps({"error": error.message}).encode() if is_v2 else error.body()
+            response = Response(error.status, content, [_JSON, *error.headers])
         finally:
             self._requests -= 1
         if request_id:
             response.headers.append((b"x-request-id", request_id.encode()))
         response.headers.append((b"content-length", str(len(response.body)).encode()))
-        if path == "/predict":
+        if path == "/predict" or (is_v2 and path.endswith("/infer")):
             self.metrics.request(version, response.status)
             self.metrics.seconds.observe(time.perf_counter() - started)
         await send(
@@ -363,7 +387,7 @@ class Server:
         await send({"type": "http.response.body", "body": response.body})
 
     async def predict(
-        self, body: bytes, request_id: str = "", kind: str = JSON
+        self, body: bytes, request_id: str = "", kind: str = JSON, version: str | None = None
     ) -> tuple[Response, str]:
         """The answer to a body of `POST /predict`, and the version that gave it.
 
@@ -371,13 +395,15 @@ class Server:
             body: of the request.
             request_id: its name; one is made up for none.
             kind: its content type.
+            version: who must answer; None leaves it to the rollout.
 
         Raises:
             RequestError: there is no answer.
         """
         serving = self._serving()
         request_id = request_id or self._new_id()
-        model, role = serving.champion, serving.role(request_id)
+        role = serving.role(request_id) if version is None else serving.role_of(version)
+        model = serving.champion
         codec = model.codec
         records = codec.records(body, kind)
         if role == "challenger" and serving.challenger is not None:
@@ -413,6 +439,43 @@ class Server:
             self.metrics.logged_labels.inc(len(rows))
         self.metrics.feedback.inc(len(rows))
         return Response(200, b'{"accepted":%d}' % len(rows))
+
+    async def _infer(self, path: str, body: bytes, request_id: str) -> tuple[Response, str]:
+        """The answer to an inference request of the Open Inference Protocol, and who gave it."""
+        _, named, _ = self._named(path)
+        signature = self._serving().champion.bundle.signature
+        asked, request = open_inference.to_predict(body, signature)
+        response, version = await self.predict(asked, request_id, version=named)
+        response.body = open_inference.from_predict(response.body, request, request_id, signature)
+        return response, version
+
+    def _get_v2(self, path: str) -> Response:
+        """The answer to the other requests of the Open Inference Protocol. Raises RequestError."""
+        match path.removeprefix(_V2).strip("/"):
+            case "":
+                return Response(200, json.dumps(open_inference.server_metadata()).encode())
+            case "health/live":
+                return self._get("/livez")
+            case "health/ready":
+                return self._get("/readyz")
+        model, version, rest = self._named(path)
+        serving = self._serving()
+        if version is not None:
+            serving.role_of(version)
+        if rest == "ready":
+            return self._get("/readyz")
+        versions = [m.version for m in (serving.champion, serving.challenger) if m is not None]
+        signature = serving.champion.bundle.signature
+        metadata = open_inference.model_metadata(model, versions, signature)
+        return Response(200, json.dumps(metadata).encode())
+
+    def _named(self, path: str) -> tuple[str, str | None, str]:
+        """Model, version and the rest of `/v2/models/{model}[/versions/{version}][/{rest}]`. Raises
+        RequestError (404)."""
+        match = _V2_MODEL.fullmatch(path)
+        if match is None or match["model"] != self.model:
+            raise RequestError(404, "not_found", f"There is nothing at {path}")
+        return match["model"], match["version"], match["rest"] or ""
 
     def _serving(self) -> Serving:
         if self.serving is None:
@@ -782,7 +845,7 @@ class Mount:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
-        if scope["type"] == "http" and scope["path"] in _METHODS:
+        if scope["type"] == "http" and ours(scope["path"]):
             await self._server(scope, receive, send)
         elif scope["type"] == "lifespan":
             await self._app(scope, receive, self._with_lifespan(send))
@@ -798,6 +861,15 @@ class Mount:
             await send(message)
 
         return around
+
+
+def ours(path: str) -> bool:
+    """Whether the handler answers a path."""
+    return path in _METHODS or path == _V2 or path.startswith(f"{_V2}/")
+
+
+def _v2_methods(path: str) -> tuple[str, ...]:
+    return ("POST",) if path.endswith("/infer") else ("GET", "HEAD")
 
 
 def _most_waiting(codec: Codec) -> int:
