@@ -12,6 +12,7 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import suppress
 from functools import cache, partial
 from typing import Any
 
@@ -28,6 +29,8 @@ import msgspec
 from driftmill import home
 from driftmill.serving.server import Mount, Response, Server
 
+#: Addresses that only this machine reaches.
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 #: Makes an API of a method. Services take both from here, so that BentoML is set up before.
 api: Any = bentoml.api
 #: Makes a service of a class. BentoML's timeout keeps the state of every request for all that time,
@@ -72,6 +75,8 @@ def main(of: Any, module: str, description: str, arguments: list[str] | None = N
     """
     import uvicorn
 
+    from services.drain import Drainer
+
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=description,
@@ -85,7 +90,15 @@ def main(of: Any, module: str, description: str, arguments: list[str] | None = N
     )
     parser.add_argument("--port", type=int, default=3000)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument(
+        "--drain-seconds",
+        type=float,
+        metavar="S",
+        help="most that clients get to leave after SIGTERM; default: 20, and 0 on a loopback",
+    )
     given = parser.parse_args(arguments)
+    if given.drain_seconds is None:
+        given.drain_seconds = 0.0 if given.host in LOOPBACK else 20.0
     os.environ["DRIFTMILL_MODEL"] = given.model
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
@@ -93,7 +106,7 @@ def main(of: Any, module: str, description: str, arguments: list[str] | None = N
     app = of.to_asgi()
     # BentoML puts its tracing before ours; nothing of it is of use to these requests.
     app.user_middleware.sort(key=lambda layer: layer.cls is not Mount)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=given.host,
         port=given.port,
@@ -103,5 +116,13 @@ def main(of: Any, module: str, description: str, arguments: list[str] | None = N
         access_log=False,
         log_level="warning",
         server_header=False,
+        # Longer than clients and load balancers keep an idle connection: they close it, and never
+        # send on one that is just being closed here.
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=30,
     )
+    running = Drainer(config, given.drain_seconds, server().drain)
+    with suppress(KeyboardInterrupt):
+        running.run()
+    if not running.started:
+        sys.exit(1)

@@ -84,6 +84,7 @@ _METHODS = {
 _V2 = "/v2"
 _JSON = (b"content-type", b"application/json")
 _RETRY = (b"retry-after", b"1")
+_CLOSE = (b"connection", b"close")
 _V2_MODEL = re.compile(
     r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<rest>infer|ready))?/?"
 )
@@ -224,6 +225,11 @@ class Server:
         self.log.start()
         self._poller = asyncio.create_task(self._poll(), name="rollout-poll")
         self._poller.add_done_callback(_report_end)
+
+    def drain(self) -> None:
+        """Ask clients to leave: not ready any more, and no connection outlives its next answer."""
+        logger.info("%s drains", self.model)
+        self.draining = True
 
     async def stop(self) -> None:
         """Finish what waits and move the log into the store."""
@@ -374,6 +380,8 @@ class Server:
         if request_id:
             response.headers.append((b"x-request-id", request_id.encode()))
         response.headers.append((b"content-length", str(len(response.body)).encode()))
+        if self.draining and _CLOSE not in response.headers:
+            response.headers.append(_CLOSE)
         if path == "/predict" or (is_v2 and path.endswith("/infer")):
             self.metrics.request(version, response.status)
             self.metrics.seconds.observe(time.perf_counter() - started)
@@ -515,7 +523,7 @@ class Server:
                 503,
                 "overloaded",
                 "Too many requests at once",
-                headers=(_RETRY, (b"connection", b"close")),
+                headers=(_RETRY, _CLOSE),
             )
         limit = champion.settings.max_body_bytes
         if length.isdecimal() and int(length[:20]) > limit:
@@ -531,7 +539,7 @@ class Server:
                     408,
                     "body_timeout",
                     f"The body did not come within {BODY_TIMEOUT:.0f} s",
-                    headers=((b"connection", b"close"),),
+                    headers=(_CLOSE,),
                 ) from None
         if len(body) > limit:
             raise _too_large(limit)
@@ -934,7 +942,7 @@ def _too_large(limit: int) -> RequestError:
         413,
         "body_too_large",
         f"The body may have at most {limit} bytes",
-        headers=((b"connection", b"close"),),
+        headers=(_CLOSE,),
     )
 
 

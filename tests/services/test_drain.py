@@ -1,0 +1,187 @@
+"""A service is replaced under load, by clients that never try twice."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import signal
+import socket
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+
+from driftmill import rollout
+from driftmill.store import Store
+from tests.services.test_tabular import MODULE, RECORD, MakeBundle, service
+
+BODY = json.dumps({"records": [RECORD]})
+HEADERS = {"content-type": "application/json"}
+
+
+class Switch:
+    """Stands for a cluster's network: a new connection goes to one of the ports in the list, and
+    stays there."""
+
+    def __init__(self) -> None:
+        self.ports: list[int] = []
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            try:
+                server = socket.create_connection(("127.0.0.1", random.choice(self.ports)))
+            except OSError:
+                client.close()
+                continue
+            for pair in ((client, server), (server, client)):
+                threading.Thread(target=self._copy, args=pair, daemon=True).start()
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        try:
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+        except OSError:
+            source.close()
+            target.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+class Clients:
+    """Clients that keep their connection for as long as the server lets them, and count."""
+
+    def __init__(self, port: int, number: int = 6) -> None:
+        self.ok = 0
+        self.failed: list[str] = []
+        self._port = port
+        self._stopped = threading.Event()
+        self._threads = [threading.Thread(target=self._run, args=(i,)) for i in range(number)]
+
+    def __enter__(self) -> Clients:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, seed: int) -> None:
+        pause = random.Random(seed)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=10)
+        while not self._stopped.is_set():
+            try:
+                connection.request("POST", "/predict", BODY, HEADERS)
+                response = connection.getresponse()
+                response.read()
+                if response.status != 200:
+                    self.failed.append(str(response.status))
+                self.ok += 1
+            except (OSError, http.client.HTTPException) as error:
+                self.failed.append(repr(error))
+                connection.close()
+            # Some come at once, some leave the connection idle for a moment.
+            self._stopped.wait(pause.choice((0, 0.001, 0.02)))
+        connection.close()
+
+
+def replace(store: Store, folder: Path, drain: float, times: int) -> tuple[Clients, list[int]]:
+    """Let services replace each other under load: one gets SIGTERM, and only a moment later the
+    network sends nothing more to it. The clients, and the exit codes of the services."""
+    switch = Switch()
+    command = [*MODULE[:-1], "--drain-seconds", str(drain), MODULE[-1]]
+    codes: list[int] = []
+    with ExitStack() as stack:
+        stack.callback(switch.close)
+        old, url = stack.enter_context(service(store, folder / "0", command))
+        switch.ports = [int(url.rpartition(":")[2])]
+        with Clients(switch.port) as clients:
+            for number in range(1, times + 1):
+                new, url = stack.enter_context(service(store, folder / str(number), command))
+                port = int(url.rpartition(":")[2])
+                switch.ports = [*switch.ports, port]
+                time.sleep(0.3)  # load on both
+                old.send_signal(signal.SIGTERM)
+                time.sleep(0.3)  # the time in which nobody knows yet
+                switch.ports = [port]
+                codes.append(old.wait(30))
+                old = new
+    return clients, codes
+
+
+@pytest.fixture
+def served(store: Store, make_bundle: MakeBundle, tmp_path: Path) -> Store:
+    """A store with a model that serves."""
+    rollout.change(store, "tiny", champion=make_bundle().version, by="test", reason="first")
+    for number in range(4):
+        (tmp_path / str(number)).mkdir()
+    return store
+
+
+@pytest.mark.slow
+def test_a_service_is_replaced_and_no_request_fails(served: Store, tmp_path: Path) -> None:
+    clients, codes = replace(served, tmp_path, drain=10, times=2)
+    assert clients.failed == []
+    assert clients.ok > 500
+    assert codes == [0, 0]
+
+
+@pytest.mark.slow
+def test_without_the_drain_requests_fail(served: Store, tmp_path: Path) -> None:
+    """What the test above would see if the drain did nothing."""
+    clients, _ = replace(served, tmp_path, drain=0, times=1)
+    assert clients.failed
+
+
+def test_an_idle_connection_holds_the_end_up_no_longer_than_the_drain(
+    served: Store, tmp_path: Path
+) -> None:
+    command = [*MODULE[:-1], "--drain-seconds", "2", MODULE[-1]]
+    with service(served, tmp_path, command) as (process, url), httpx.Client(base_url=url) as client:
+        assert client.get("/livez").status_code == 200
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        while client.get("/readyz").json()["status"] != "draining":
+            assert process.poll() is None
+        # Asked once more, it closes; a second connection is opened and left alone.
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
+            assert process.wait(10) == 0
+        assert 1.5 < time.monotonic() - began < 6
+
+
+def test_a_second_signal_ends_the_drain(served: Store, tmp_path: Path) -> None:
+    command = [*MODULE[:-1], "--drain-seconds", "30", MODULE[-1]]
+    with service(served, tmp_path, command) as (process, url):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
+            process.send_signal(signal.SIGTERM)
+            with httpx.Client(base_url=url) as client:
+                while client.get("/readyz").json()["status"] != "draining":
+                    assert process.poll() is None
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            process.wait(10)
+        assert time.monotonic() - began < 5
+
+
+def test_on_a_loopback_it_ends_at_once(served: Store, tmp_path: Path) -> None:
+    with service(served, tmp_path) as (process, url):
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):
+            began = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            process.wait(10)
+        assert time.monotonic() - began < 5
