@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-docker test-cluster lint format images docs benchmarks \
+.PHONY: help venv demo test test-fast test-docker test-cluster lint format images chart docs benchmarks \
 	constraints clean
 
 help: ## Show this list.
@@ -70,6 +70,9 @@ benchmarks: $(DEV) ## Measure what the README quotes; results go to benchmarks/r
 constraints: | $(BIN)/uv ## Bring constraints.txt up to the newest versions that pyproject.toml allows.
 	env -u UV_TORCH_BACKEND $(BIN)/uv pip compile pyproject.toml --extra dev --upgrade --python-version 3.11 \
 		--no-annotate --no-header --output-file constraints.txt
+
+chart: $(DEV) ## Write the chart's values, their schema and table, and its dashboards anew.
+	$(BIN)/python -m k8s.chart
 
 docs: $(DEV) ## Write docs/contract.md anew from the contract's schema.
 	$(BIN)/driftmill schema --markdown > docs/contract.md

@@ -20,6 +20,7 @@ BENCHMARKS = {
     "compile_time": "seconds to compile a package, and its size",
     "cluster": "seconds to make a kind cluster and to run a contract on it",
     "images": "seconds to build the images, and their sizes",
+    "rollouts": "requests that fail while services are replaced and versions promoted",
     "demo": "the demo's timeline and the memory of its processes",
 }
 

@@ -34,6 +34,9 @@ PROGRAMS = {
 }
 #: Seconds between two scrapes, and two evaluations.
 INTERVAL = 5
+#: Alertmanager's timing: before the first word of an alarm, before news of it, and before it is
+#: told again. The chart has the same defaults; docs/monitoring.md says what they trade.
+GROUP_WAIT, GROUP_INTERVAL, REPEAT_INTERVAL = "1s", "10s", "1m"
 #: How long Prometheus keeps what it has read.
 RETENTION = "15d"
 
@@ -129,9 +132,9 @@ def alertmanager(webhook: str, token_file: Path) -> dict[str, Any]:
         "route": {
             "receiver": "page",
             "group_by": ["alertname", "model"],
-            "group_wait": "1s",
-            "group_interval": "10s",
-            "repeat_interval": "1m",
+            "group_wait": GROUP_WAIT,
+            "group_interval": GROUP_INTERVAL,
+            "repeat_interval": REPEAT_INTERVAL,
             "routes": [
                 {
                     "matchers": [f'alertname=~"{"|".join(ALERTS)}"'],

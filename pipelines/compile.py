@@ -7,6 +7,7 @@
 | `contract.json` | the contract with every default filled in |
 | `rules.yaml`, `rules_test.yaml` | Prometheus' rules and their unit tests for promtool |
 | `dashboard.json`, `dashboard-models.json` | Grafana's page of the model, and of all models |
+| `values.yaml` | what the chart `helm/driftmill` is told of the model: contract, rules, images |
 
 The same contract and the same images give the same bytes.
 """
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from driftmill import values
 from driftmill.contract import LOCAL_SCHEMES, Contract, ContractError, load
 from driftmill.home import find
 from driftmill.images import for_steps
@@ -39,6 +41,7 @@ _EPILOG = """\
 Example: driftmill compile contract.yaml -o build/ --store s3://models/driftmill
          kfp run create -e payments -f build/pipeline.yaml
          kfp run create -e payments -f build/pipeline.yaml trigger=drift run_id=2026-11-24-drift
+         helm upgrade --install payments helm/driftmill -f build/values.yaml
 
 Scheduled runs and runs after an alarm are the same package with another `trigger`.
 exit codes: 0 written, 1 cannot be written, 2 wrong usage or a bad contract
@@ -53,7 +56,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Compile, and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="driftmill compile",
-        description="Write the package that a Kubeflow cluster takes, alert rules, dashboards.",
+        description="Write the package that a Kubeflow cluster takes, alert rules, dashboards, and "
+        "the values of the Helm chart.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -83,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     note_local_files(contract)
     try:
         path = compile_package(contract, options.output, store=store, image=options.image)
-        for name, text in _watching(contract).items():
+        for name, text in _around(contract, store).items():
             write_atomic(options.output / name, text.encode())
     except PackageError as error:
         print(f"driftmill: {error}", file=sys.stderr)
@@ -98,21 +102,32 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _watching(contract: Contract) -> dict[str, str]:
-    """What watches the model, and the contract itself: texts by file name."""
+class _Dumper(yaml.SafeDumper):
+    """Writes a text of several lines as such, not with escapes."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def _around(contract: Contract, store: str) -> dict[str, str]:
+    """What serves and watches the model, and the contract itself: texts by file name."""
 
     def as_yaml(document: dict[str, Any]) -> str:
-        return yaml.safe_dump(document, sort_keys=False, width=MAX_BYTES)
+        return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=MAX_BYTES)
 
-    def as_json(document: dict[str, Any]) -> str:
-        return json.dumps(document, indent=1) + "\n"
-
+    text = json.dumps(json.loads(contract.to_json()), indent=1) + "\n"
     return {
-        "contract.json": as_json(json.loads(contract.to_json())),
+        "contract.json": text,
         "rules.yaml": as_yaml(rules.rules(contract)),
         "rules_test.yaml": as_yaml(rules.unit_tests(contract, "rules.yaml")),
-        "dashboard.json": as_json(dashboards.model(contract.model)),
-        "dashboard-models.json": as_json(dashboards.overview()),
+        "dashboard.json": dashboards.text(dashboards.model(contract.model)),
+        "dashboard-models.json": dashboards.text(dashboards.overview()),
+        "values.yaml": as_yaml(values.for_model(contract, store=store, text=text)),
     }
 
 

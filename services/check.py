@@ -4,8 +4,8 @@ It predicts a record that the model's own schema makes up, gives feedback, reads
 what must be shut. `helm test` runs it in the cluster; with the addresses of `driftmill status` it
 checks a laptop.
 
-The record is marked `driftmill-check` in the inference log, and its feedback is what the model has
-said itself, so that nothing is taught by it. `--no-feedback` gives none.
+The record is marked `driftmill-check` in the inference log. The label that it gives is of a
+prediction that nobody has made, so that it is taken, and teaches nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from urllib.parse import urlsplit
 _AGAIN = 0.5
 #: Seconds in which a connection that must not come about has to fail.
 _PATIENCE = 3.0
-_ID = "driftmill-check"
+#: Name of the record, and the id of a prediction that is never made.
+_ID, _NOBODY = "driftmill-check", "0" * 26
 
 _EPILOG = """\
 Example: python -m services.check http://127.0.0.1:3000 --monitor http://127.0.0.1:3001
@@ -93,14 +94,13 @@ def main(arguments: list[str] | None = None) -> int:
         default=[],
         help="what must not be reached from here; may be given again",
     )
-    parser.add_argument("--no-feedback", action="store_true", help="give no label")
     parser.add_argument(
         "--timeout", type=float, default=60.0, metavar="S", help="seconds for everything (60)"
     )
     options = parser.parse_args(arguments)
     until = time.monotonic() + options.timeout
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("service", lambda: _service(options.service, not options.no_feedback, until))
+        ("service", lambda: _service(options.service, until))
     ]
     if options.monitor:
         checks.append(("monitor", lambda: _monitor(options.monitor, until)))
@@ -118,11 +118,12 @@ def main(arguments: list[str] | None = None) -> int:
     return int(failed)
 
 
-def _service(url: str, feedback: bool, until: float) -> str:
+def _service(url: str, until: float) -> str:
     peer = _ready(url, until)
     about = json.loads(peer.get("/model"))
     versions = {v for v in (about["version"], about["challenger"]) if v}
     signature = about["schema"]
+    before = _counted(peer)
     status, body, headers = peer.ask(
         "POST", "/predict", {"records": [record(signature)]}, {"X-Request-Id": _ID}
     )
@@ -139,17 +140,18 @@ def _service(url: str, feedback: bool, until: float) -> str:
             raise Failed(f"/predict answers {value!r} with the score {prediction['score']}")
     elif not isinstance(value, int | float) or not math.isfinite(value):
         raise Failed(f"/predict answers {value!r}, which is no number")
-    said = f"{answer['model']} {version} predicts {value!r}"
-    if feedback:
-        label = {"labels": [{"id": prediction["id"], "label": value}]}
-        status, body, _ = peer.ask("POST", "/feedback", label)
-        if status != 200 or json.loads(body) != {"accepted": 1}:
-            raise Failed(f"/feedback answers {status}: {_text(body)}")
-        said += ", takes feedback"
-    counted = _metric(peer.get("/metrics"), "model_requests_total", version=version, code="200")
-    if not counted:
+    label = {"labels": [{"id": _NOBODY, "label": value}]}
+    status, body, _ = peer.ask("POST", "/feedback", label)
+    if status != 200 or json.loads(body) != {"accepted": 1}:
+        raise Failed(f"/feedback answers {status}: {_text(body)}")
+    if _counted(peer) <= before:
         raise Failed("/metrics does not count the request (model_requests_total)")
-    return f"{said}, counts it"
+    return f"{answer['model']} {version} predicts {value!r}, takes feedback, counts it"
+
+
+def _counted(peer: Peer) -> float:
+    """Predictions that this process has given."""
+    return _metric(peer.get("/metrics"), "model_requests_total", code="200") or 0.0
 
 
 def _monitor(url: str, until: float) -> str:

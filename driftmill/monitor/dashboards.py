@@ -4,14 +4,20 @@ Plain JSON of Grafana's dashboard schema, made from one list of rows of panels, 
 shown, how it is laid out and what a test asks Prometheus come from the same place
 (https://grafana.com/docs/grafana/latest/dashboards/build-dashboards/view-dashboard-json-model/).
 
-A red mark on the time axis is an alarm, a blue one a change of what serves, a shaded span a
-training run.
+A red mark on the time axis is an alarm, a blue one a change of what serves, a purple one a training
+run.
+
+Series of a cluster have the label `namespace`, and every query says which are meant. Series of a
+laptop have none, which `.*` matches. Lines are of what outlives a pod.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from driftmill.monitor import rules
 
 #: Version of the schema, of Grafana 11; newer ones read it.
 SCHEMA = 39
@@ -48,6 +54,8 @@ class Panel:
     stacked: bool = False
     names: tuple[tuple[str, str], ...] = ()
     """What values are called, e.g. `1` is `drifted`."""
+    links: tuple[tuple[str, str, str], ...] = ()
+    """Of a table: column, title and URL of what a click on it opens."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,21 @@ class Annotation:
 
 _ALARM = (("red", 1.0),)
 _YES_NO = (("0", "no"), ("1", "yes"))
-_M = '{model="$model"}'
+_HERE = 'namespace=~"$namespace"'
+_M = f'{{model="$model",{_HERE}}}'
+_ALL = f"{{{_HERE}}}"
+_FIRING = 'alertstate="firing",alertname=~"Model.+|Retraining.+"'
+_ANSWERS = (
+    f'rate(model_predictions_total{{model="$model",{_HERE},role!="shadow"}}[$__rate_interval])'
+)
+#: Picks the model's services among all processes.
+_SERVES = (
+    "* on (namespace, job, instance) group_left (model)"
+    f" group by (namespace, job, instance, model) (model_rollout_revision{_M})"
+)
+#: A link keeps what is chosen, and the span of time.
+_KEEP = "${datasource:queryparam}&${__url_time_range}"
+_PAGE = "/d/driftmill-model?var-model="
 
 #: The page of one model.
 MODEL = (
@@ -89,7 +111,7 @@ MODEL = (
                 (
                     Query(
                         "(sum(rate(model_requests_total"
-                        '{model="$model",code=~"5.."}[$__rate_interval])) or vector(0))'
+                        f'{{model="$model",{_HERE},code=~"5.."}}[$__rate_interval])) or vector(0))'
                         f" / sum(rate(model_requests_total{_M}[$__rate_interval]))",
                         "share",
                     ),
@@ -165,17 +187,32 @@ MODEL = (
                 description="From the first byte of a request until its answer is ready.",
             ),
             Panel(
+                "Promises",
+                (
+                    Query(
+                        f"max(model:request_errors:ratio_rate1h{_M})"
+                        f" or 0 * max(model:request_slow:ratio_rate1h{_M})",
+                        "failed",
+                    ),
+                    Query(f"max(model:request_slow:ratio_rate1h{_M})", "late"),
+                ),
+                unit="percentunit",
+                description="Part of the requests of the last hour that failed, or took longer "
+                "than serve.slo.latency_ms.",
+            ),
+            Panel(
                 "Who answers",
                 (
                     Query(
-                        "sum by (version, role) (rate("
-                        f"model_predictions_total{_M}[$__rate_interval]))",
+                        f"sum by (version, role) ({_ANSWERS})"
+                        f" / ignoring (version, role) group_left () sum({_ANSWERS})",
                         "{{version}} {{role}}",
                     ),
                 ),
-                unit="cps",
+                unit="percentunit",
+                highest=1.0,
                 stacked=True,
-                description="Predictions by version and role: the weights of a canary in fact.",
+                description="Part of the answers by version: the weight of a canary in fact.",
             ),
         ),
     ),
@@ -253,7 +290,8 @@ MODEL = (
                         "{{metric}} expected of {{version}}",
                     ),
                 ),
-                description="Expected is what the champion reached on its test rows.",
+                description="Realised on the newest labelled rows, beside what is to be expected:"
+                " what the version reached on its test rows.",
             ),
             Panel(
                 "Labels",
@@ -281,17 +319,6 @@ MODEL = (
                 " was started.",
             ),
             Panel(
-                "Cost",
-                (
-                    Query(
-                        f"sum(increase(retrain_run_duration_seconds_sum{_M}[1d]))",
-                        "training time a day",
-                    ),
-                ),
-                unit="s",
-                description="Time that training runs took within a day.",
-            ),
-            Panel(
                 "What may start a run",
                 (
                     Query(f"max(retrain_fresh_rows{_M})", "fresh rows"),
@@ -301,8 +328,29 @@ MODEL = (
         ),
     ),
     Row(
-        "Runs",
+        "Cost",
         (
+            Panel(
+                "Training time",
+                (Query(f"sum(increase(retrain_run_duration_seconds_sum{_M}[1d]))", "a day"),),
+                unit="s",
+                description="Time that training runs took within a day, by the clock.",
+            ),
+            Panel(
+                "CPU that serves",
+                (
+                    Query(
+                        f"sum(rate(process_cpu_seconds_total[$__rate_interval]) {_SERVES})",
+                        "CPUs",
+                    ),
+                ),
+                description="CPU seconds a second of all processes that serve.",
+            ),
+            Panel(
+                "Memory that serves",
+                (Query(f"process_resident_memory_bytes {_SERVES}", "{{instance}}"),),
+                unit="bytes",
+            ),
             Panel(
                 "Runs by how they ended",
                 (
@@ -319,9 +367,9 @@ MODEL = (
                 "stat",
                 limits=_ALARM,
                 names=_YES_NO,
+                description="Open: runs promoted nothing, and none starts until it is reset.",
             ),
         ),
-        height=4,
     ),
     Row(
         "Health",
@@ -348,15 +396,17 @@ MODEL = (
                 ),
             ),
             Panel(
-                "Memory",
+                "Alerts",
                 (
                     Query(
-                        "process_resident_memory_bytes * on (instance, job) group_left (model)"
-                        f" group by (instance, job, model) (model_rollout_revision{_M})",
-                        "{{instance}}",
+                        "count by (alertname, severity)"
+                        f' (ALERTS{{model="$model",{_HERE},{_FIRING}}})',
+                        "alerts",
                     ),
                 ),
-                unit="bytes",
+                "table",
+                description="What fires now. Click an alert for its runbook.",
+                links=(("alertname", "What to do", f"{rules.RUNBOOKS}/${{__value.raw}}.md"),),
             ),
         ),
     ),
@@ -370,27 +420,47 @@ OVERVIEW = (
             Panel(
                 "Models",
                 (
-                    Query("sum by (model) (rate(model_requests_total[5m]))", "requests/s"),
                     Query(
-                        '(sum by (model) (rate(model_requests_total{code=~"5.."}[5m]))'
-                        " or 0 * sum by (model) (rate(model_requests_total[5m])))"
-                        " / sum by (model) (rate(model_requests_total[5m]))",
+                        f"sum by (namespace, model) (rate(model_requests_total{_ALL}[5m]))",
+                        "requests/s",
+                    ),
+                    Query(
+                        "(sum by (namespace, model)"
+                        f' (rate(model_requests_total{{{_HERE},code=~"5.."}}[5m]))'
+                        f" or 0 * sum by (namespace, model) (rate(model_requests_total{_ALL}[5m])))"
+                        f" / sum by (namespace, model) (rate(model_requests_total{_ALL}[5m]))",
                         "failed",
                     ),
                     Query(
-                        "histogram_quantile(0.99, sum by (model, le)"
-                        " (rate(model_request_duration_seconds_bucket[5m])))",
+                        "histogram_quantile(0.99, sum by (namespace, model, le)"
+                        f" (rate(model_request_duration_seconds_bucket{_ALL}[5m])))",
                         "p99 (s)",
                     ),
-                    Query("max by (model) (model_drift_alarm)", "drift alarm"),
-                    Query("max by (model) (model_drift_score)", "drift score"),
-                    Query("max by (model) (model_quality)", "quality"),
-                    Query("max by (model) (retrain_run_active)", "training"),
-                    Query("max by (model) (retrain_budget_remaining)", "budget left"),
-                    Query("max by (model) (model_rollout_revision)", "revision"),
+                    Query(f"max by (namespace, model) (model_drift_alarm{_ALL})", "drift alarm"),
+                    Query(f"max by (namespace, model) (model_drift_score{_ALL})", "drift score"),
+                    Query(f"max by (namespace, model) (model_quality{_ALL})", "quality"),
+                    Query(f"max by (namespace, model) (retrain_run_active{_ALL})", "training"),
+                    Query(
+                        f"max by (namespace, model) (retrain_budget_remaining{_ALL})", "budget left"
+                    ),
+                    Query(f"max by (namespace, model) (model_rollout_revision{_ALL})", "revision"),
+                    Query(f"count by (namespace, model) (ALERTS{{{_HERE},{_FIRING}}})", "alerts"),
                 ),
                 "table",
-                description="Click a model for its page.",
+                description="Click a model for its page, a namespace for the page of the model "
+                "there.",
+                links=(
+                    (
+                        "model",
+                        "Its page",
+                        f"{_PAGE}${{__value.raw}}&${{namespace:queryparam}}&{_KEEP}",
+                    ),
+                    (
+                        "namespace",
+                        "Its page, of this namespace",
+                        f"{_PAGE}${{__data.fields.model}}&var-namespace=${{__value.raw}}&{_KEEP}",
+                    ),
+                ),
             ),
         ),
         height=9,
@@ -400,13 +470,24 @@ OVERVIEW = (
         (
             Panel(
                 "Requests",
-                (Query("sum by (model) (rate(model_requests_total[$__rate_interval]))"),),
+                (
+                    Query(
+                        f"sum by (namespace, model) (rate(model_requests_total{_ALL}"
+                        "[$__rate_interval]))",
+                        "{{namespace}} {{model}}",
+                    ),
+                ),
                 unit="reqps",
                 stacked=True,
             ),
             Panel(
                 "Drift alarms",
-                (Query("max by (model) (model_drift_alarm)", "{{model}}"),),
+                (
+                    Query(
+                        f"max by (namespace, model) (model_drift_alarm{_ALL})",
+                        "{{namespace}} {{model}}",
+                    ),
+                ),
                 "status-history",
                 limits=_ALARM,
                 names=(("0", "calm"), ("1", "drift")),
@@ -415,8 +496,9 @@ OVERVIEW = (
                 "Training runs",
                 (
                     Query(
-                        "sum by (model, state) (increase(retrain_runs_total[$__range]))",
-                        "{{model}} {{state}}",
+                        "sum by (namespace, model, state)"
+                        f" (increase(retrain_runs_total{_ALL}[$__range]))",
+                        "{{namespace}} {{model}} {{state}}",
                     ),
                 ),
                 "stat",
@@ -437,9 +519,22 @@ _MARKS = (
 )
 
 
+def files() -> dict[str, str]:
+    """The text of both dashboards by the name of their file, for any model."""
+    return {
+        "dashboard.json": text(model()),
+        "dashboard-models.json": text(overview()),
+    }
+
+
+def text(dashboard: dict[str, Any]) -> str:
+    """A dashboard as the text of a file."""
+    return json.dumps(dashboard, indent=1) + "\n"
+
+
 def overview() -> dict[str, Any]:
     """The dashboard of all models."""
-    return _dashboard("Driftmill: models", "driftmill-models", OVERVIEW, [], ())
+    return _dashboard("Driftmill: models", "driftmill-models", OVERVIEW, [_namespace()], ())
 
 
 def model(name: str | None = None) -> dict[str, Any]:
@@ -448,33 +543,51 @@ def model(name: str | None = None) -> dict[str, Any]:
     Args:
         name: the model that is shown first; None: the first that there is.
     """
-    variable: dict[str, Any] = {
-        "name": "model",
-        "label": "Model",
-        "type": "query",
-        "datasource": _SOURCE,
-        "query": {"query": "label_values(model_rollout_revision, model)", "refId": "model"},
-        "refresh": 2,
-        "sort": 1,
-    }
+    variable = _variable("model", "Model", f"label_values(model_rollout_revision{_ALL}, model)")
     if name is not None:
         variable["current"] = {"text": name, "value": name}
-    return _dashboard("Driftmill: a model", "driftmill-model", MODEL, [variable], _MARKS)
+    return _dashboard(
+        "Driftmill: a model", "driftmill-model", MODEL, [_namespace(), variable], _MARKS
+    )
 
 
-def queries(dashboard: dict[str, Any], model: str, window: str = "1m") -> list[str]:
+def queries(
+    dashboard: dict[str, Any], model: str, window: str = "1m", namespace: str = ".*"
+) -> list[str]:
     """Every query of a dashboard's panels and marks, as Grafana would ask it.
 
     Args:
         dashboard: from `overview` or `model`.
         model: the chosen model.
         window: stands for Grafana's intervals.
+        namespace: the chosen namespaces, as a regular expression.
     """
     found = [t["expr"] for p in dashboard["panels"] for t in p.get("targets", ())]
     found += [a["expr"] for a in dashboard["annotations"]["list"]]
-    for name, value in (("model", model), *((n, window) for n in _INTERVALS)):
+    chosen = {"model": model, "namespace": namespace, **dict.fromkeys(_INTERVALS, window)}
+    for name, value in chosen.items():
         found = [q.replace(f"${name}", value) for q in found]
     return found
+
+
+def _namespace() -> dict[str, Any]:
+    variable = _variable(
+        "namespace", "Namespace", "label_values(model_rollout_revision, namespace)"
+    )
+    everything = {"multi": True, "includeAll": True, "allValue": ".*"}
+    return {**variable, **everything, "current": {"text": ["All"], "value": ["$__all"]}}
+
+
+def _variable(name: str, label: str, query: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "label": label,
+        "type": "query",
+        "datasource": _SOURCE,
+        "query": {"query": query, "refId": name},
+        "refresh": 2,
+        "sort": 1,
+    }
 
 
 def _dashboard(
@@ -509,7 +622,9 @@ def _dashboard(
         "query": "prometheus",
         "hide": 0,
     }
-    links = [] if uid == "driftmill-models" else [_link("All models", "/d/driftmill-models")]
+    links = [_link("Runbooks", f"{rules.RUNBOOKS}/README.md")]
+    if uid != "driftmill-models":
+        links.insert(0, _link("All models", "/d/driftmill-models?${namespace:queryparam}"))
     return {
         "uid": uid,
         "title": title,
@@ -614,16 +729,20 @@ def _target(panel: Panel, query: Query, place: int) -> dict[str, Any]:
 
 
 def _table(panel: Panel) -> dict[str, Any]:
-    """One row a model, one column a query."""
+    """One row for the labels that all queries have, one column a query."""
     names = {f"Value #{chr(ord('A') + i)}": q.legend for i, q in enumerate(panel.queries)}
-    page = {"title": "Its page", "url": "/d/driftmill-model?var-model=${__value.raw}"}
-    override = {
-        "matcher": {"id": "byName", "options": "model"},
-        "properties": [{"id": "links", "value": [page]}],
-    }
+    if len(names) == 1:
+        names = {"Value": panel.queries[0].legend}
+    overrides = [
+        {
+            "matcher": {"id": "byName", "options": column},
+            "properties": [{"id": "links", "value": [{"title": title, "url": url}]}],
+        }
+        for column, title, url in panel.links
+    ]
     defaults = {"unit": "short", "decimals": 3}
     return {
-        "fieldConfig": {"defaults": defaults, "overrides": [override]},
+        "fieldConfig": {"defaults": defaults, "overrides": overrides},
         "transformations": [
             {"id": "merge", "options": {}},
             {

@@ -20,6 +20,8 @@ import yaml
 
 from driftmill import home
 from driftmill.contract import Contract, load, parse
+from driftmill.monitor import rules
+from driftmill.values import Values
 from pipelines import compile as compiler
 from tests.conftest import CONTRACT
 from tests.pipelines.contracts import IMAGES, write_contract
@@ -302,6 +304,28 @@ def test_packages_are_the_golden_ones(
     )
     found = "\n".join(line if len(line) < 200 else f"{line[:200]}…" for line in difference)
     assert not found, f"{kept.name} is another package; see the top of this file\n{found}"
+
+
+def test_the_charts_values_hold_contract_and_rules(tmp_path: Path) -> None:
+    contract = write_contract(tmp_path)
+    for name in ("one", "two"):
+        store = ["--store", "s3://models/shop"]
+        assert compiler.main([str(contract), "-o", str(tmp_path / name), *store]) == 0
+    one, two = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("one", "two")
+    )
+    assert one == two
+    found = yaml.safe_load(one["values.yaml"])
+    model = found["models"]["tiny"]
+    # To the last byte: Helm would make other numbers of numbers.
+    assert model["contract"].encode() == one["contract.json"]
+    assert found["store"] == {"type": "s3", "uri": "s3://models/shop"}
+    where = {"namespace": rules.NAMESPACE}
+    assert model["rules"] == rules.rules(load(contract), where=where)["groups"]
+    Values.model_validate(found)
+    # Nothing is in it that the chart has as its default anyway.
+    assert set(found) == {"models", "images", "store"}
 
 
 def test_a_bad_contract_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
