@@ -315,7 +315,7 @@ _PASSED_ON = {
 
 @app.command("compile", context_settings=_PASSED_ON)
 def compile_package(context: typer.Context) -> None:
-    """Write the package for a Kubeflow cluster, alert rules and dashboards."""
+    """Write what a cluster takes: Kubeflow package, chart values, alert rules, dashboards."""
     _pass_on("pipelines.compile", context)
 
 

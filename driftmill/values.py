@@ -666,19 +666,26 @@ class Values(Section):
     """More objects: as they are, or as text with templates in it."""
 
 
-def for_model(contract: Contract, *, store: str, text: str) -> dict[str, Any]:
+def for_model(
+    contract: Contract, *, store: str, text: str, training: str | None = None
+) -> dict[str, Any]:
     """The values of one model, as `values.yaml` has them; only what is not a default.
 
     Args:
         contract: the model's.
         store: URI of the store.
         text: the contract as the chart passes it on.
+        training: image of training; None: the usual one.
     """
     kind: Literal["tabular", "vision"] = "vision" if contract.is_vision else "tabular"
     where = {"namespace": rules.NAMESPACE}
+    # What the contract leaves open is the chart's business.
+    asked = "replicas" in contract.serve.model_fields_set
     values = Values(
-        store=Store(type="s3", uri=store) if "://" in store else Store(type="pvc"),
-        images=_images(contract, kind),
+        store=Store(type="s3", uri=store)
+        if store.startswith(("s3://", "gs://"))
+        else Store(type="pvc"),
+        images=_images(contract, kind, training),
         models={
             contract.model: Model(
                 kind=kind,
@@ -687,25 +694,31 @@ def for_model(contract: Contract, *, store: str, text: str) -> dict[str, Any]:
                     RuleGroup.model_validate(group)
                     for group in rules.rules(contract, where=where)["groups"]
                 ),
-                service=Service(replicas=contract.serve.replicas),
+                **({"service": Service(replicas=contract.serve.replicas)} if asked else {}),
             )
         },
     )
     return values.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
-def _images(contract: Contract, kind: str) -> Images:
+def _images(contract: Contract, kind: Literal["tabular", "vision"], training: str | None) -> Images:
     """The images that the model needs, under the names that `driftmill images build` gives."""
-
-    def image(reference: str) -> Image:
-        repository, _, tag = reference.rpartition(":")
-        return Image(repository=repository, tag=tag)
-
     gpu = contract.is_vision and contract.train.resources.gpu
     names = {
         f"service_{kind}": images.reference(f"service-{kind}"),
         "monitor": images.reference("monitor"),
         "controller": images.reference("controller"),
-        f"training_{kind}": images.for_steps("vision-cuda" if gpu else kind),  # type: ignore[arg-type]
+        f"training_{kind}": training or images.for_steps("vision-cuda" if gpu else kind),
     }
-    return Images(**{name: image(reference) for name, reference in names.items()})
+    return Images(**{name: _image(reference) for name, reference in names.items()})
+
+
+def _image(reference: str) -> Image:
+    """An image by its full name: `repository[:tag][@digest]`."""
+    named, _, digest = reference.partition("@")
+    folder, slash, name = named.rpartition("/")  # a registry's port is no tag
+    name, _, tag = name.partition(":")
+    given = {"tag": tag, "digest": digest}
+    return Image(
+        repository=f"{folder}{slash}{name}", **{key: value for key, value in given.items() if value}
+    )

@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     note_local_files(contract)
     try:
         path = compile_package(contract, options.output, store=store, image=options.image)
-        for name, text in _around(contract, store).items():
+        for name, text in _around(contract, store, options.image).items():
             write_atomic(options.output / name, text.encode())
     except PackageError as error:
         print(f"driftmill: {error}", file=sys.stderr)
@@ -114,7 +114,7 @@ def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _text)
 
 
-def _around(contract: Contract, store: str) -> dict[str, str]:
+def _around(contract: Contract, store: str, image: str | None) -> dict[str, str]:
     """What serves and watches the model, and the contract itself: texts by file name."""
 
     def as_yaml(document: dict[str, Any]) -> str:
@@ -127,7 +127,7 @@ def _around(contract: Contract, store: str) -> dict[str, str]:
         "rules_test.yaml": as_yaml(rules.unit_tests(contract, "rules.yaml")),
         "dashboard.json": dashboards.text(dashboards.model(contract.model)),
         "dashboard-models.json": dashboards.text(dashboards.overview()),
-        "values.yaml": as_yaml(values.for_model(contract, store=store, text=text)),
+        "values.yaml": as_yaml(values.for_model(contract, store=store, text=text, training=image)),
     }
 
 

@@ -431,5 +431,11 @@ def test_compile(run: Run, contract_file: Path, tmp_path: Path) -> None:
     assert code == 0
     assert (tmp_path / "build" / "pipeline.yaml").is_file()
     assert json.loads((tmp_path / "build" / "contract.json").read_text())["model"] == "tiny"
-    for name in ("rules.yaml", "rules_test.yaml", "dashboard.json", "dashboard-models.json"):
+    for name in (
+        "rules.yaml",
+        "rules_test.yaml",
+        "dashboard.json",
+        "dashboard-models.json",
+        "values.yaml",
+    ):
         assert (tmp_path / "build" / name).stat().st_size > 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,7 @@ def test_a_contract_says_what_differs_from_the_defaults() -> None:
     assert set(found) == {"models", "images", "store"}
     assert found["store"] == {"type": "s3", "uri": "s3://models/driftmill"}
     (model,) = found["models"].values()
-    assert set(model) == {"kind", "contract", "rules", "service"}
-    assert model["service"] == {"replicas": 1}
+    assert set(model) == {"kind", "contract", "rules"}
     values.Values.model_validate(found)
 
 
@@ -39,8 +39,33 @@ def test_images_are_those_that_are_built() -> None:
     assert set(made("digits")["images"]) >= {"serviceVision", "trainingVision"}
 
 
-def test_a_folder_becomes_a_volume() -> None:
-    assert made(store="/var/models")["store"] == {"type": "pvc"}
+def test_replicas_are_the_contracts_where_it_names_them() -> None:
+    document = json.loads(contract.load("examples/payments/contract.yaml").to_json())
+    document["serve"]["replicas"] = 3
+    found = contract.Contract.model_validate(document)
+    (model,) = values.for_model(found, store="s3://a/b", text="-")["models"].values()
+    assert model["service"] == {"replicas": 3}
+
+
+@pytest.mark.parametrize(
+    ("reference", "image"),
+    [
+        ("a/b:1", {"repository": "a/b", "tag": "1"}),
+        ("registry:5000/a", {"repository": "registry:5000/a"}),
+        ("registry:5000/a:1", {"repository": "registry:5000/a", "tag": "1"}),
+        (f"a@sha256:{'0' * 64}", {"repository": "a", "digest": f"sha256:{'0' * 64}"}),
+        (f"a:1@sha256:{'0' * 64}", {"repository": "a", "tag": "1", "digest": f"sha256:{'0' * 64}"}),
+    ],
+)
+def test_another_image_of_training_is_taken(reference: str, image: dict[str, str]) -> None:
+    found = contract.load("examples/payments/contract.yaml")
+    made = values.for_model(found, store="s3://a/b", text="-", training=reference)
+    assert made["images"]["trainingTabular"] == image
+
+
+@pytest.mark.parametrize("store", ["/var/models", "file:///var/models"])
+def test_a_folder_becomes_a_volume(store: str) -> None:
+    assert made(store=store)["store"] == {"type": "pvc"}
 
 
 def test_rules_ask_for_the_namespace() -> None:
