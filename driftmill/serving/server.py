@@ -22,6 +22,7 @@ import json
 import logging
 import re
 import secrets
+import shutil
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping, Sequence
@@ -283,9 +284,7 @@ class Server:
         for version in filter(None, (newest.champion, newest.challenger)):
             if version not in loaded:
                 try:
-                    loaded[version] = Model(
-                        bundle.fetch(self.store, self.model, version, self.cache)
-                    )
+                    loaded[version] = Model(self._fetch(version))
                 except (BundleError, OSError) as error:
                     refused.append({"version": version, "reason": str(error)})
                     self.metrics.load_failed(version)
@@ -306,6 +305,14 @@ class Server:
             self._load_again = time.monotonic() + LOAD_AGAIN
             challenger = None
         return Serving(newest, champion, challenger, tuple(refused))
+
+    def _fetch(self, version: str) -> Bundle:
+        """Load a version. Raises BundleError, OSError."""
+        found = bundle.fetch(self.store, self.model, version, self.cache)
+        if self.store.folder is None:
+            # A copy, of which all that serving needs is in memory: many promotions fill no disk.
+            shutil.rmtree(found.folder)
+        return found
 
     def _swap(self, new: Serving) -> None:
         """Serve something else from now on; batches that wait keep the models they came for."""

@@ -24,7 +24,7 @@ def test_a_new_pod_is_ready_before_an_old_one_goes() -> None:
     assert spec["strategy"]["rollingUpdate"] == {"maxUnavailable": 0, "maxSurge": 1}
 
 
-@pytest.mark.parametrize(("wait", "drain", "grace"), [(5, 20, 45), (0, 60, 80)])
+@pytest.mark.parametrize(("wait", "drain", "grace"), [(5, 20, 85), (0, 60, 120)])
 def test_a_pod_has_time_to_drain(wait: int, drain: int, grace: int) -> None:
     values = {"service": {"preStopSeconds": wait, "drainSeconds": drain}}
     spec = deployment(values)["spec"]["template"]["spec"]

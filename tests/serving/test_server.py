@@ -670,3 +670,31 @@ async def _exit(context: Any) -> None:
 
 async def _send(request: Awaitable[httpx.Response]) -> httpx.Response:
     return await request
+
+
+def test_copies_from_a_remote_store_do_not_pile_up(
+    store: Store, make_bundle: MakeBundle, quick: Contract, tmp_path: Path
+) -> None:
+    """A version that serves is in memory; its copy on the disk goes, and it can come back."""
+    remote = Store("memory://copies")
+    manifests = [make_bundle(slope=slope, of=quick) for slope in (0.02, 0.03)]
+    for manifest in manifests:
+        folder = bundle.locate(store, "tiny", manifest.version)
+        remote.put_folder(folder, bundle.key("tiny", manifest.version), bundle.MANIFEST)
+
+    async def check() -> None:
+        server = Server(remote, "tiny", tmp_path / "spool", tmp_path / "cache")
+        await server.start()
+        try:
+            for manifest in (*manifests, manifests[0]):
+                promote(remote, manifest)
+                await until(
+                    lambda wanted=manifest.version: (  # type: ignore[misc]
+                        server.serving is not None and server.serving.champion.version == wanted
+                    )
+                )
+                assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
+        finally:
+            await server.stop()
+
+    go(check())
