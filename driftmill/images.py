@@ -65,7 +65,7 @@ class Image:
 
 def _component(kind: str, summary: str, **arguments: str) -> Image:
     default = arguments.get("TORCH") != "cuda"
-    packages = ("driftmill", "components")
+    packages = ("driftmill", "components", "pipelines")
     name, dockerfile = f"python-{kind}", "components/Dockerfile"
     return Image(name, summary, dockerfile, packages, None, arguments, default)
 
@@ -85,7 +85,7 @@ IMAGES = {
         _service("service-tabular", "serves a model of tables"),
         _service("service-vision", "serves a model of images"),
         _service("monitor", "watches a model"),
-        _service("controller", "decides about retraining", "components", "pipelines"),
+        _service("controller", "decides about retraining", "components", "pipelines", "k8s"),
     )
 }
 #: What else every image is made of.

@@ -75,20 +75,7 @@ class Kubeflow:
     """
 
     def __init__(self, endpoint: str | None = None, namespace: str | None = None) -> None:
-        endpoint = endpoint or os.environ.get(ENDPOINT)
-        if not endpoint:
-            raise ApiError(
-                f"no Kubeflow Pipelines is named: give --endpoint or set {ENDPOINT}; for one in "
-                f"a cluster: `{_PORT_FORWARD}`, then --endpoint http://localhost:8888",
-                usage=True,
-            )
-        if not endpoint.startswith(("http://", "https://")):
-            raise ApiError(
-                f"{endpoint} is no address: write http:// or https:// before it", usage=True
-            )
-        if urlsplit(endpoint).username is not None:
-            raise ApiError(f"an endpoint holds no credentials: set {TOKEN} instead", usage=True)
-        self.endpoint = endpoint.rstrip("/")
+        self.endpoint = address(endpoint)
         token = os.environ.get(TOKEN)
         self._client = httpx.Client(
             timeout=httpx.Timeout(ANSWER, connect=CONNECT),
@@ -120,6 +107,10 @@ class Kubeflow:
     def run(self, run_id: str) -> Object:
         """A run, by Kubeflow's id."""
         return self._ask("GET", f"/runs/{run_id}")
+
+    def delete_run(self, run_id: str) -> None:
+        """Remove a run; what it does is ended."""
+        self._ask("DELETE", f"/runs/{run_id}")
 
     def runs(self, experiment_id: str, name: str) -> list[Object]:
         """The runs of this name in an experiment, the newest first."""
@@ -236,7 +227,30 @@ class Kubeflow:
         return ApiError(text, status=status)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+def address(endpoint: str | None) -> str:
+    """The address of the API server.
+
+    Args:
+        endpoint: as given; None: `$KF_PIPELINES_ENDPOINT`.
+
+    Raises:
+        ApiError: none is given, or it is no address.
+    """
+    endpoint = endpoint or os.environ.get(ENDPOINT)
+    if not endpoint:
+        raise ApiError(
+            f"no Kubeflow Pipelines is named: give --endpoint or set {ENDPOINT}; for one in "
+            f"a cluster: `{_PORT_FORWARD}`, then --endpoint http://localhost:8888",
+            usage=True,
+        )
+    if not endpoint.startswith(("http://", "https://")):
+        raise ApiError(f"{endpoint} is no address: write http:// or https:// before it", usage=True)
+    if urlsplit(endpoint).username is not None:
+        raise ApiError(f"an endpoint holds no credentials: set {TOKEN} instead", usage=True)
+    return endpoint.rstrip("/")
+
+
+def add_options(parser: argparse._ActionsContainer) -> None:
     """The options that say which API server, and how runs are there."""
     parser.add_argument(
         "--endpoint", metavar="URL", help=f"Kubeflow Pipelines' API; default: ${ENDPOINT}"
@@ -281,7 +295,7 @@ def store_uri(options: argparse.Namespace) -> str:
     if packages.is_folder(uri):
         raise ApiError(
             f"the store {uri} is a folder of this machine, which a cluster has not got; give "
-            "--store s3://... or gs://...",
+            "--store s3://... or gs://..., or set DRIFTMILL_STORE to one",
             usage=True,
         )
     return uri

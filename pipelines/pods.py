@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
-
-from kfp import kubernetes
+from typing import TYPE_CHECKING, Any
 
 from driftmill.contract import Contract, Resources, Toleration
-from pipelines.training import Need
+
+if TYPE_CHECKING:
+    from pipelines.training import Need
 
 #: Taints that clouds put on nodes which can be taken away.
 SPOT_TAINTS = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
@@ -46,6 +46,8 @@ def configure(task: Any, need: Need, *, contract: Contract, images: dict[Need, s
         contract: says what it asks for.
         images: the image to run in, for each need.
     """
+    from kfp import kubernetes  # a second, which the runner of Jobs has no use for
+
     resources = contract.train.resources
     if need == "little":
         task.set_cpu_request("100m").set_memory_request("256Mi").set_memory_limit("1Gi")
@@ -113,6 +115,8 @@ def gpu_products(resources: Resources) -> list[dict[str, Any]]:
 
 
 def _place(task: Any, resources: Resources) -> None:
+    from kfp import kubernetes
+
     if resources.gpu:
         task.set_accelerator_type(resources.gpu_type).set_accelerator_limit(resources.gpu)
         kubernetes.empty_dir_mount(

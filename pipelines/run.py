@@ -12,8 +12,12 @@
 The steps are processes of this machine or, with `--runner docker`, containers of the images that a
 cluster would use, as the compiled package has them.
 
+With `--resume` a run id may be given again, as by a Kubernetes Job whose pod was taken away: a run
+that has ended says how, one that has not goes on, and takes the fits that are kept in the store.
+What interrupts it leaves it open for the next attempt: no outcome is written then.
+
 This process stays small: it starts `pipelines.local`, which imports KFP, shows its progress, and
-ends it with all its steps when it is told to stop. The outcome is in the store in every case.
+ends it with all its steps when it is told to stop. The outcome is in the store in every other case.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from driftmill import runs, tracking
+from driftmill import rollout, runs, tracking
 from driftmill.contract import Contract, ContractError, load
 from driftmill.home import Home, cores, find
 from driftmill.runs import Outcome
@@ -64,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return USAGE
+    if options.resume and not options.run_id:
+        print("--resume goes on with a run: name it by --run-id", file=sys.stderr)
+        return USAGE
     image = None
     if options.runner == "docker":
         image = containers.image(contract)
@@ -73,7 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(error, file=sys.stderr)
             return EXIT_CODES["failed"]
     try:
-        runs.begin(home.store, contract.model, run_id, options.trigger)
+        if ended := _claim(contract, home.store, run_id, options):
+            _conclude(ended, home.store, options)
+            return EXIT_CODES[ended.state]
         return _watch(contract, home, run_id, image, options)
     except FileExistsError:
         print(
@@ -99,6 +108,11 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--run-id", metavar="ID", help="id of the run; default: from the time")
     parser.add_argument("--trigger", default="manual", metavar="TEXT", help="why it is started")
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run of this id where it has begun, and leave it open when interrupted",
+    )
+    parser.add_argument(
         "--runner",
         choices=("subprocess", "docker"),
         default="subprocess",
@@ -109,6 +123,39 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--verbose", action="store_true", help="show what the steps print")
     parser.add_argument("--keep", action="store_true", help="keep what the steps pass on")
     return parser.parse_args(arguments)
+
+
+def _claim(
+    contract: Contract, store: Store, run_id: str, options: argparse.Namespace
+) -> Outcome | None:
+    """Claim a run id; the outcome where it is to be resumed and has nothing more to do. Raises
+    FileExistsError where it is taken and not to be resumed."""
+    try:
+        runs.begin(store, contract.model, run_id, options.trigger)
+        return None
+    except FileExistsError:
+        if not options.resume:
+            raise
+    if outcome := runs.read(store, contract.model, run_id):
+        return outcome
+    # Killed just after it promoted: a second verdict would compare the model with itself.
+    if any(revision.by == run_id for revision in rollout.history(store, contract.model)):
+        return _outcome(contract, store, run_id, options, failure="")
+    return None
+
+
+def _outcome(
+    contract: Contract, store: Store, run_id: str, options: argparse.Namespace, failure: str
+) -> Outcome:
+    return runs.conclude(
+        store,
+        contract.model,
+        run_id,
+        trigger=options.trigger,
+        code_version=code_version(),
+        failure=failure,
+        tracking=tracking.pending(contract),
+    )
 
 
 def _watch(
@@ -137,19 +184,16 @@ def _watch(
         except _EngineFailed as error:
             failure = str(error)
         _ignore_interrupts()  # what is left takes a moment, and is what an interrupted run needs
-    outcome = runs.read(store, contract.model, run_id) or runs.conclude(
-        store,
-        contract.model,
-        run_id,
-        trigger=options.trigger,
-        code_version=code_version(),
-        failure=failure,
-        tracking=tracking.pending(contract),
-    )
+    outcome = runs.read(store, contract.model, run_id)
+    if outcome is None and not (options.resume and failure == "interrupted"):
+        outcome = _outcome(contract, store, run_id, options, failure)
     log_key = runs.key(contract.model, run_id, "output.log")
     store.write(log_key, (root / "output.log").read_bytes())
     if not options.keep:
         shutil.rmtree(root)
+    if outcome is None:
+        print(f"interrupted; run {run_id} can be resumed", file=sys.stderr)
+        return INTERRUPTED
     _conclude(outcome, store, options)
     return INTERRUPTED if failure == "interrupted" else EXIT_CODES[outcome.state]
 

@@ -36,7 +36,7 @@ PATIENCE = 300.0
 WAITING = 60.0
 
 #: States of a run after which nothing more comes.
-_ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
+ENDED = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
 _FAILED = {"FAILED", "ERROR"}
 #: The pipeline's tasks. Kubeflow lists drivers, loops and executors beside them.
 _TASKS = ("prepare", "fit", "assemble", "judge", "promote", "record")
@@ -243,7 +243,7 @@ def _follow(
                 follower.lose(error)
             else:
                 follower.see(run)
-                if run.get("state") in _ENDED:
+                if run.get("state") in ENDED:
                     break
             if options.timeout is not None and time.monotonic() - began > options.timeout:
                 print(
@@ -408,7 +408,8 @@ def _conclude(
     options: argparse.Namespace,
 ) -> int:
     """Say how a run has ended; the exit code."""
-    state, reason = _outcome(contract, run, options)
+    namespace = options.namespace or "kubeflow"
+    state, reason = outcome_of(run, contract.model, namespace, options.service_account)
     outcome = None
     if store is not None:
         try:
@@ -432,10 +433,17 @@ def _conclude(
     return EXIT_CODES[outcome.state]
 
 
-def _outcome(
-    contract: Contract, run: Object, options: argparse.Namespace
+def outcome_of(
+    run: Object, model: str, namespace: str, account: str | None
 ) -> tuple[runs.State, str]:
-    """State and reason, from what Kubeflow says of the run alone."""
+    """State and reason of a run that has ended, from what Kubeflow says of it alone.
+
+    Args:
+        run: the run, as the API gives it.
+        model: whose.
+        namespace: of its pods.
+        account: their service account, if one was named.
+    """
     tasks = run.get("run_details", {}).get("task_details", [])
     states = {str(t.get("display_name")): str(t.get("state")) for t in tasks}
     if run["state"] == "SUCCEEDED":
@@ -446,16 +454,14 @@ def _outcome(
         return "failed", "the run was cancelled"
     if said := str(run.get("error", {}).get("message", "")):
         return "failed", said
-    namespace = f"-n {options.namespace or 'kubeflow'}"
     failed = [name for name in _TASKS if states.get(name) in _FAILED]
     if failed:
-        labels = f"driftmill/model={contract.model},app.kubernetes.io/component={failed[0]}"
-        return "failed", f"{failed[0]}: see `kubectl logs {namespace} -c main -l {labels}`"
-    account = options.service_account
+        labels = f"driftmill/model={model},app.kubernetes.io/component={failed[0]}"
+        return "failed", f"{failed[0]}: see `kubectl logs -n {namespace} -c main -l {labels}`"
     lacks = f"is there a service account {account}? " if account else ""
     return "failed", (
         f"it ended before its first step began: {lacks}"
-        f"`kubectl describe workflows {namespace} -l pipeline/runid={run['run_id']}` says why"
+        f"`kubectl describe workflows -n {namespace} -l pipeline/runid={run['run_id']}` says why"
     )
 
 

@@ -19,7 +19,13 @@ a token can be replaced without a restart.
 | 422 | it is JSON, but not what this address takes; `problems` says where |
 | 503 | ledger, store or token file cannot be read at present; send it again |
 
-Ending the service does not end a run: the next one adopts it. `driftmill down` ends both.
+Ending the service does not end a run: the next one adopts it.
+
+| `--runner` | what a run is |
+|---|---|
+| `local` | a process of this machine; `driftmill down` ends it |
+| `job` | a Kubernetes Job of the namespace that this service runs in, made from `--job-template` |
+| `kubeflow` | a run of Kubeflow Pipelines at `--endpoint` |
 """
 
 from __future__ import annotations
@@ -33,6 +39,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -48,17 +55,24 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from driftmill import home as homes
-from driftmill.contract import ContractError
+from driftmill.contract import ContractError, parse_duration
+from driftmill.home import Home
 from driftmill.retrain import alerts, runner
 from driftmill.retrain.controller import Controller
 from driftmill.retrain.ledger import Ledger, LedgerError, to_dict
+from driftmill.retrain.runner import LocalRunner, Runner, RunnerError
+from pipelines import job, kubeflow
+from pipelines.kubeflow import ApiError
+from pipelines.kubeflow_runner import KubeflowRunner
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 1024 * 1024
-#: What store and ledger raise where trying again later may help.
+#: Seconds between two looks at the runs, by runner: a process is asked more cheaply than a cluster.
+_POLL = {"local": 1.0, "job": 2.0, "kubeflow": 5.0}
+#: What store, ledger and runner raise where trying again later may help.
 _LATER = (OSError, ValueError, SQLAlchemyError)
 
 
@@ -255,12 +269,12 @@ async def _later(call: Callable[[], T]) -> T:
 async def serve(arguments: argparse.Namespace) -> None:
     """Run controller and web server until SIGTERM or SIGINT."""
     home = homes.find()
-    command = shlex.split(arguments.runner_command) or runner.COMMAND
+    chosen = _runner(arguments, home)
     ledger = Ledger(home.ledger_url)
     controller = Controller(
-        arguments.contract, home.store, ledger, runner.LocalRunner(home, command)
+        arguments.contract, home.store, ledger, chosen, train_first=arguments.train_first
     )
-    ticker = Ticker(controller, arguments.poll)
+    ticker = Ticker(controller, arguments.poll or _POLL[arguments.runner])
     server = uvicorn.Server(
         uvicorn.Config(
             application(controller, ticker, arguments.token_file),
@@ -286,6 +300,24 @@ async def serve(arguments: argparse.Namespace) -> None:
         ledger.close()
 
 
+def _runner(arguments: argparse.Namespace, home: Home) -> Runner:
+    """The runner that is asked for. Raises RunnerError or ApiError where it cannot be had."""
+    if arguments.runner == "local":
+        return LocalRunner(home, shlex.split(arguments.runner_command) or runner.COMMAND)
+    if arguments.runner == "kubeflow":
+        return KubeflowRunner(arguments)
+    job.read(arguments.job_template)  # a mistake in it is said now, and not when a run is wanted
+    api = job.Api.of_this_pod()
+    return job.JobRunner(api, arguments.job_template, arguments.start_within)
+
+
+def _duration(text: str) -> timedelta:
+    try:
+        return timedelta(seconds=float(str(parse_duration(text))))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def main() -> int:
     """Entry point. 0: ended by a signal; 1: it cannot go on; 2: wrong arguments or contract."""
     parser = argparse.ArgumentParser(
@@ -299,16 +331,45 @@ def main() -> int:
         "--token-file", type=Path, required=True, help="file with the bearer token of the POSTs"
     )
     parser.add_argument(
-        "--poll", type=float, default=1.0, help="seconds between two looks at the runs (1.0)"
+        "--poll",
+        type=float,
+        metavar="SECONDS",
+        help="seconds between two looks at the runs (local: 1, job: 2, kubeflow: 5)",
+    )
+    parser.add_argument(
+        "--train-first",
+        action="store_true",
+        help="train the first model where none serves yet; a first run that failed is tried again "
+        "after the contract's cooldown, until its breaker opens",
+    )
+    parser.add_argument(
+        "--runner",
+        choices=tuple(_POLL),
+        default="local",
+        help="what trains: a process of this machine, a Kubernetes Job, Kubeflow Pipelines (local)",
     )
     parser.add_argument(
         "--runner-command",
         default="",
         metavar="COMMAND",
-        help="what trains, in place of `python -m pipelines.run`; it gets --contract FILE, "
+        help="local: what trains, in place of `python -m pipelines.run`; it gets --contract FILE, "
         "--run-id ID and --trigger TEXT, and writes the run's outcome.json",
     )
+    parser.add_argument(
+        "--job-template", type=Path, metavar="FILE", help="job: a Job in YAML, to be filled in"
+    )
+    parser.add_argument(
+        "--start-within",
+        type=_duration,
+        default=job.START_WITHIN,
+        metavar="TIME",
+        help="job: time that a pod may wait for its node and its image (30m)",
+    )
+    kubeflow.add_options(parser.add_argument_group("kubeflow"))
+    parser.set_defaults(store=None, image=None)  # by the environment, as for what runs here
     arguments = parser.parse_args()
+    if arguments.runner == "job" and arguments.job_template is None:
+        parser.error("the runner job needs --job-template FILE")
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,
@@ -318,7 +379,7 @@ def main() -> int:
         if not arguments.token_file.read_bytes().strip():
             raise OSError(f"{arguments.token_file} is empty; put a token into it")
         asyncio.run(serve(arguments))
-    except (ContractError, OSError) as error:
+    except (ContractError, OSError, RunnerError, ApiError) as error:
         print(f"controller: {error}", file=sys.stderr)
         return 2
     except LedgerError as error:

@@ -91,9 +91,13 @@ def test_code_changes_the_digest_of_the_images_that_hold_it(clone: Path) -> None
     assert changed(before, clone) == {"service-tabular", "service-vision", "monitor", "controller"}
     before = digests(clone)
     append(clone / "components" / "Dockerfile")
-    assert changed(before, clone) == {"python-tabular", "python-vision", "python-vision-cuda"}
+    steps = {"python-tabular", "python-vision", "python-vision-cuda"}
+    assert changed(before, clone) == steps
     before = digests(clone)
     append(clone / "pipelines" / "training.py")
+    assert changed(before, clone) == {*steps, "controller"}
+    before = digests(clone)
+    append(clone / "k8s" / "explain.py")
     assert changed(before, clone) == {"controller"}
     before = digests(clone)
     append(clone / "driftmill" / "new" / "report.html.j2")

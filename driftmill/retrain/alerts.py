@@ -87,6 +87,12 @@ def scheduled(at: datetime) -> Trigger:
     return Trigger(kind="schedule", fingerprint="schedule", starts_at=at)
 
 
+def first(failed: datetime | None) -> Trigger:
+    """The wish for a first model: one for all times, or once more after a run that failed then."""
+    starts_at = failed or datetime.fromtimestamp(0, UTC)
+    return Trigger(kind="first", fingerprint="first", starts_at=starts_at)
+
+
 def clean(text: str, length: int = 300) -> str:
     """Text from outside, fit for a database, a log line and a command's argument."""
     return "".join(c if c.isprintable() else " " for c in text)[:length].strip()

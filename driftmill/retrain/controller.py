@@ -1,11 +1,12 @@
 """The controller: turns alerts, the schedule and requests into runs, and looks after them.
 
 `handle` and `trigger` only decide; what they decide is in the ledger when they return. `tick`
-does everything else, and all of it from the ledger, the store and the machine's processes, so
-that a tick after a crash is a tick like any other:
+does everything else, and all of it from the ledger, the store and the runner, so that a tick
+after a crash is a tick like any other:
 
-- a run whose process ended is closed by the outcome that it wrote, or as failed;
+- a run that no longer goes on is closed by the outcome that it wrote, or as failed;
 - a run that was decided but not begun is started;
+- where no model serves yet, the first is trained, if that is asked for;
 - the schedule is looked at;
 - a canary that has held long enough goes one step further.
 
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from driftmill.retrain.fresh import FreshRows
 from driftmill.retrain.ledger import Decision, Ledger, Run, State
 from driftmill.retrain.metrics import Metrics
 from driftmill.retrain.policy import Trigger, span
-from driftmill.retrain.runner import BeingStarted, LocalRunner, Process, RunnerError
+from driftmill.retrain.runner import BeingStarted, Runner, RunnerError
 from driftmill.rollout import Rollout, RolloutConflict
 from driftmill.store import Store
 from driftmill.version import code_version
@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 
 #: A run of another machine that nobody there has looked after for this long is lost.
 LOST = timedelta(seconds=60)
+#: How often a first run that may not start is asked for again.
+_FIRST = timedelta(seconds=60)
 #: How often a run is noted as looked after.
 _SEEN = timedelta(seconds=10)
 #: How often the gauges that read the store are brought up to date without being asked.
@@ -70,6 +72,7 @@ class Controller:
         store: where rollout, bundles, log and outcomes lie.
         ledger: where decisions and runs are written.
         runner: starts the runs.
+        train_first: whether to train the first model where none serves yet.
         clock: the present time, with a time zone.
 
     Raises:
@@ -81,8 +84,10 @@ class Controller:
         contract_path: Path,
         store: Store,
         ledger: Ledger,
-        runner: LocalRunner,
+        runner: Runner,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        *,
+        train_first: bool = False,
     ) -> None:
         self._path = contract_path
         self._stamp = _stamp(contract_path)
@@ -95,7 +100,8 @@ class Controller:
         #: What it counts.
         self.metrics = Metrics(self.model)
         self._clock = clock
-        self._host = socket.gethostname()
+        self._train_first = train_first
+        self._first_asked: datetime | None = None
         self._fresh = FreshRows(store, self.model)
         self._rollout: Rollout | None = None
         self._gauges_at: datetime | None = None
@@ -205,7 +211,7 @@ class Controller:
         """Do what there is to do now.
 
         Raises:
-            OSError, ValueError: store or log cannot be read.
+            OSError, ValueError: store, log or runner cannot be asked.
             sqlalchemy.exc.SQLAlchemyError: the ledger cannot be used.
         """
         contract = self.contract
@@ -213,6 +219,8 @@ class Controller:
         if run is not None:
             self._look_after(run, contract)
         self._look_at_schedule(contract)
+        if self._train_first:
+            self._look_for_first()
         run = self._ledger.active(self.model)
         if run is not None and run.state == "pending":
             self._look_after(run, contract)
@@ -221,33 +229,28 @@ class Controller:
 
     def _look_after(self, run: Run, contract: Contract) -> None:
         now = self._clock()
-        process = _process(run)
-        if process is not None and self._runner.alive(run.run_id, process):
+        here = run.host == self._runner.host
+        if here and run.state == "running" and self._runner.running(run):
             if run.seen is None or now - run.seen >= _SEEN:
                 self._ledger.seen(run.run_id, now)
             return
-        # Only now: an outcome that was written before the process ended is there to be read.
+        # Only now: an outcome that was written before the run ended is there to be read.
         if self._close_by_outcome(run):
             return
-        if run.host not in (None, self._host):
+        if run.host is not None and not here:
             quiet = now - (run.seen or run.created)
             if quiet > LOST:
                 self._conclude(
                     run,
-                    f"the machine {run.host}, which ran it, has not been heard of for "
+                    f"{run.host}, where it ran, has not been heard of for "
                     f"{span(quiet.total_seconds())}",
                 )
-        elif process is None:
+        elif run.state == "pending":
             self._start(run, contract)
         else:
-            code = self._runner.exit_code(run.run_id)
-            how = f"ended with exit code {code}" if code is not None else "is gone"
-            self._runner.sweep(run.run_id)
-            self._conclude(
-                run,
-                f"process {process.pid} {how} and left no outcome; see "
-                f"{self._runner.log(run.run_id)}",
-            )
+            failure = self._runner.failure(run)
+            self._runner.sweep(run)
+            self._conclude(run, failure)
 
     def _conclude(self, run: Run, failure: str) -> None:
         """Write the outcome that a run could not write: one that was killed just after it promoted
@@ -276,31 +279,27 @@ class Controller:
     def _start(self, run: Run, contract: Contract) -> None:
         policy = contract.retrain
         off = not policy.enabled or policy.dry_run
-        if off and not self._runner.begun(run.run_id):
+        if off and not self._runner.begun(run):
             setting = "retrain.dry_run is true" if policy.enabled else "retrain.enabled is false"
             self._end(
                 run, "stopped", f"It had not begun when retraining was switched off: {setting}."
             )
             return
-        if not self._ledger.claim(run.run_id, self._host, self._clock()):
+        if not self._ledger.claim(run.run_id, self._runner.host, self._clock()):
             return
         try:
-            process = self._runner.start(run, contract)
+            mark = self._runner.start(run, contract)
         except BeingStarted as error:
             logger.info("%s", error)
             return
         except RunnerError as error:
             self._end(run, "failed", f"{error}.")
             return
-        if process is None:
-            self._conclude(
-                run,
-                "its process ended before the controller could note it, and left no outcome; see "
-                f"{self._runner.log(run.run_id)}",
-            )
+        if mark is None:
+            self._conclude(run, self._runner.failure(run))
             return
-        self._ledger.started(run.run_id, process.pid, process.started, self._clock())
-        logger.info("run %s is process %d", run.run_id, process.pid)
+        self._ledger.started(run.run_id, mark.pid, mark.process_started, self._clock())
+        logger.info("run %s has been started: %s", run.run_id, self._runner.host)
 
     def _end(
         self,
@@ -333,6 +332,24 @@ class Controller:
         # Of several times that passed while nobody looked only the last is made up for.
         self._decide(alerts.scheduled(due))
         self._ledger.schedule_done(self.model, due)
+
+    def _look_for_first(self) -> None:
+        """Ask for the first model. A first run that failed, or was stopped before it began, is
+        asked for again, under the policy's cooldown, budget and breaker; one whose model was not
+        good enough, or whose data stopped it, would come to the same: it is a person's turn."""
+        now = self._clock()
+        asked = self._first_asked
+        if (asked is not None and now - asked < _FIRST) or self._serving() is not None:
+            return
+        last = self._ledger.last_run(self.model, "first")
+        if last is None:
+            trigger = alerts.first(None)
+        elif last.ended is not None and (last.state == "failed" or last.started is None):
+            trigger = alerts.first(last.ended)
+        else:
+            return
+        self._first_asked = now
+        self._decide(trigger)
 
     def _advance_canary(self, contract: Contract) -> None:
         now = self._serving()
@@ -413,12 +430,6 @@ def _versions(serving: Rollout | None) -> tuple[str, ...]:
     if serving is None:
         return ()
     return tuple(v for v in (serving.champion, serving.challenger) if v is not None)
-
-
-def _process(run: Run) -> Process | None:
-    if run.pid is None or run.process_started is None:
-        return None
-    return Process(run.pid, run.process_started)
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

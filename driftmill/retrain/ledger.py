@@ -137,9 +137,10 @@ class Run(_Base, kw_only=True):
     state: Mapped[str] = mapped_column(default="pending")
     pid: Mapped[int | None] = mapped_column(default=None)
     process_started: Mapped[float | None] = mapped_column(default=None)
-    """Start time of the process, in seconds since 1970: with the pid it names one process."""
+    """Start time of the process, in seconds since 1970: with the pid it names one process. Runs on
+    a cluster have neither."""
     host: Mapped[str | None] = mapped_column(default=None)
-    """Machine that started it, or is about to."""
+    """Machine, or namespace of a cluster, that started it, or is about to."""
     created: Mapped[datetime]
     started: Mapped[datetime | None] = mapped_column(default=None)
     seen: Mapped[datetime | None] = mapped_column(default=None)
@@ -214,6 +215,12 @@ class Ledger:
         """The run that is waiting or running."""
         with self._read() as session:
             return _active(session, model)
+
+    def last_run(self, model: str, trigger: str) -> Run | None:
+        """The newest run of a kind of trigger."""
+        with self._read() as session:
+            found = select(Run).where(Run.model == model, Run.trigger == trigger)
+            return session.scalar(found.order_by(Run.created.desc()).limit(1))
 
     def last_success(self, model: str) -> datetime | None:
         """When the last promoted run ended."""
@@ -315,7 +322,7 @@ class Ledger:
             return decision
 
     def claim(self, run_id: str, host: str, now: datetime) -> bool:
-        """Take a pending run for this machine, so that no other starts it."""
+        """Take a pending run for a host, so that no other starts it."""
         with self._engine.execution_options(write=True).begin() as connection:
             taken = connection.execute(
                 update(Run)
@@ -325,8 +332,10 @@ class Ledger:
             )
             return taken.rowcount == 1
 
-    def started(self, run_id: str, pid: int, process_started: float, now: datetime) -> None:
-        """Note the process of a claimed run."""
+    def started(
+        self, run_id: str, pid: int | None, process_started: float | None, now: datetime
+    ) -> None:
+        """Note that a claimed run was started, with its process if it is one of the host."""
         self._change(
             run_id, state="running", pid=pid, process_started=process_started, started=now, seen=now
         )

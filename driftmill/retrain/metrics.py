@@ -28,7 +28,7 @@ class Metrics:
         )
         self.run_duration = Histogram(
             "retrain_run_duration_seconds",
-            "Time from the start of a run's process to its end.",
+            "Time from the start of a run to its end.",
             labels,
             buckets=_BUCKETS,
             registry=registry,

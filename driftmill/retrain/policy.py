@@ -18,7 +18,9 @@ order, and the first that objects gives the answer:
 | `dry_run` | nothing objects, but `retrain.dry_run` is true |
 | `started` | nothing objects |
 
-A manual request goes through the same checks: `driftmill train` is the way around them.
+A manual request goes through the same checks: `driftmill train` is the way around them. So does
+the wish for a first model (`first`), which no contract lists: whoever starts the controller asks
+for it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from typing import Literal, get_args
 
 from driftmill.contract import Retrain
 
-Kind = Literal["drift", "quality", "schedule", "manual"]
+Kind = Literal["drift", "quality", "schedule", "manual", "first"]
 Code = Literal[
     "disabled",
     "trigger_disabled",
@@ -114,7 +116,7 @@ def decide(policy: Retrain, trigger: Trigger, facts: Facts, now: datetime) -> An
 
     if not policy.enabled:
         return no("disabled", "Retraining is switched off: retrain.enabled is false.")
-    if trigger.kind not in policy.triggers:
+    if trigger.kind != "first" and trigger.kind not in policy.triggers:
         listed = ", ".join(policy.triggers) or "none"
         return no(
             "trigger_disabled",

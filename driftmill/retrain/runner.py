@@ -1,8 +1,9 @@
-"""Starts training runs as processes of this machine, and finds them again.
+"""What starts training runs and finds them again: the interface, and runs as processes of this
+machine.
 
-A run is a process in a session of its own, so that neither a terminal's Ctrl-C nor the end of the
-controller reaches it: runs outlive the controller, and the next one adopts them. Only
-`driftmill down` (or a person) ends them.
+A `LocalRunner`'s run is a process in a session of its own, so that neither a terminal's Ctrl-C nor
+the end of the controller reaches it: runs outlive the controller, and the next one adopts them.
+Only `driftmill down` (or a person) ends them.
 
 | file below the home | what |
 |---|---|
@@ -13,18 +14,22 @@ controller reaches it: runs outlive the controller, and the next one adopts them
 The file `process` carries a lock (`flock`) that the starting process takes and the run inherits.
 A controller that is killed between starting a process and noting it therefore finds out, by the
 lock, that the process lives, and by the file, that it once did: no run id is ever started twice.
+
+Runs on a cluster are in `pipelines.job` and `pipelines.kubeflow_runner`.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
@@ -53,13 +58,62 @@ class BeingStarted(RuntimeError):
     """Another process is starting this run at this moment; look again."""
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process of this machine. The id alone would not do: ids are used again."""
+class RunnerAway(OSError):
+    """What runs trainings does not answer, or not now; the message says why. Try again later."""
 
-    pid: int
-    started: float
-    """Start time, in seconds since 1970."""
+
+@dataclass(frozen=True)
+class Mark:
+    """What the ledger keeps of a run beside its id, so that it is found again; a cluster needs
+    nothing more."""
+
+    pid: int | None = None
+    process_started: float | None = None
+    """Start time of the process, in seconds since 1970: process ids are used again."""
+
+
+class Runner(Protocol):
+    """Where trainings run.
+
+    Every method may raise `RunnerAway`. What a run came to is in its `outcome.json` in the store; a
+    runner only knows whether it runs, and why it could not say.
+    """
+
+    @property
+    def host(self) -> str:
+        """Where the runs live: a machine, or a namespace of a cluster. Every controller with a
+        runner of the same host may look after them; a run of another host is lost if nobody does.
+        """
+
+    def begun(self, run: Run) -> bool:
+        """Whether a run was ever started."""
+
+    def start(self, run: Run, contract: contracts.Contract) -> Mark | None:
+        """Start a run, or find the one that was started before: there is one for an id.
+
+        Returns:
+            What finds it again; None where it was started before and has ended.
+
+        Raises:
+            RunnerError: it cannot be started, now or later.
+            BeingStarted: another process is at it; nothing was done.
+        """
+
+    def running(self, run: Run) -> bool:
+        """Whether a run that was started goes on, or may still begin."""
+
+    def failure(self, run: Run) -> str:
+        """Why a run that does not go on left no outcome, and where to look; one sentence without a
+        full stop."""
+
+    def sweep(self, run: Run) -> None:
+        """End what is left of a run that does not go on, so that no orphaned step promotes what
+        nobody waits for."""
+
+
+def why(run: Run) -> str:
+    """Why a run is started, as `--trigger` takes it."""
+    return f"{run.trigger}: {run.note}" if run.note else run.trigger
 
 
 class LocalRunner:
@@ -74,6 +128,7 @@ class LocalRunner:
     def __init__(self, home: Home, command: Sequence[str] = COMMAND) -> None:
         self._home = home
         self._command = tuple(command)
+        self.host = socket.gethostname()
         #: Runs that this object has started: it must reap them, and learns their exit codes.
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
@@ -81,23 +136,15 @@ class LocalRunner:
         """Where the output of a run goes."""
         return self._home.logs / f"run-{run_id}.log"
 
-    def begun(self, run_id: str) -> bool:
+    def begun(self, run: Run) -> bool:
         """Whether a process was ever started for a run."""
         try:
-            return bool(self._file(run_id).read_text()) or self._locked(run_id)
+            return bool(self._file(run.run_id).read_text()) or self._locked(run.run_id)
         except FileNotFoundError:
             return False
 
-    def start(self, run: Run, contract: contracts.Contract) -> Process | None:
-        """Start a run, or find the process that was started for it before.
-
-        Returns:
-            The process; None where it was started before and has ended.
-
-        Raises:
-            RunnerError: the command cannot be started.
-            BeingStarted: another process is at it; nothing was done.
-        """
+    def start(self, run: Run, contract: contracts.Contract) -> Mark | None:
+        """Start a process, or find the one that was started before."""
         folder = self._folder(run.run_id)
         folder.mkdir(parents=True, exist_ok=True)
         with self._file(run.run_id).open("a+") as lock:
@@ -111,8 +158,7 @@ class LocalRunner:
             write_atomic(folder / "contract.json", contract.to_json().encode())
             return self._spawn(run, folder, lock.fileno())
 
-    def _spawn(self, run: Run, folder: Path, lock: int) -> Process:
-        trigger = f"{run.trigger}: {run.note}" if run.note else run.trigger
+    def _spawn(self, run: Run, folder: Path, lock: int) -> Mark:
         arguments = ["--contract", str(folder / "contract.json"), "--run-id", run.run_id]
         log = self.log(run.run_id)
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +166,7 @@ class LocalRunner:
         with log.open("ab") as output:
             try:
                 child = subprocess.Popen(
-                    [*launch, *self._command, *arguments, "--trigger", trigger],
+                    [*launch, *self._command, *arguments, "--trigger", why(run)],
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
@@ -136,31 +182,45 @@ class LocalRunner:
             except OSError as error:
                 raise RunnerError(f"the run's process cannot be started: {error}") from error
         self._children[run.run_id] = child
-        return Process(child.pid, psutil.Process(child.pid).create_time())
+        return Mark(child.pid, psutil.Process(child.pid).create_time())
 
-    def _noted(self, run_id: str) -> Process | None:
+    def _noted(self, run_id: str) -> Mark | None:
         """The process behind a lock that is held; None where only children of it are left."""
         text = self._file(run_id).read_text().strip()
         if not text:
             raise BeingStarted(f"another process is starting run {run_id}")
         try:
-            return Process(int(text), psutil.Process(int(text)).create_time())
+            return Mark(int(text), psutil.Process(int(text)).create_time())
         except psutil.NoSuchProcess:
             return None
 
-    def alive(self, run_id: str, process: Process) -> bool:
-        """Whether the process of a run still runs."""
-        child = self._children.get(run_id)
+    def running(self, run: Run) -> bool:
+        """Whether the process of a run lives."""
+        child = self._children.get(run.run_id)
         if child is not None:
             return child.poll() is None
+        if run.pid is None or run.process_started is None:
+            return False
         try:
-            found = psutil.Process(process.pid)
+            found = psutil.Process(run.pid)
             if found.status() == psutil.STATUS_ZOMBIE:
                 return False
+            moved = abs(found.create_time() - run.process_started) >= _TICK
             # Start times move when the clock is set; the lock then still tells.
-            return abs(found.create_time() - process.started) < _TICK or self._locked(run_id)
+            return not moved or self._locked(run.run_id)
         except psutil.NoSuchProcess:
             return False
+
+    def failure(self, run: Run) -> str:
+        """How the process ended, and where its log is."""
+        child = self._children.get(run.run_id)
+        if run.pid is None:
+            how = "its process ended before the controller could note it"
+        elif child is not None and child.returncode is not None:
+            how = f"process {run.pid} ended with exit code {child.returncode}"
+        else:
+            how = f"process {run.pid} is gone"
+        return f"{how} and left no outcome; see {self.log(run.run_id)}"
 
     def _locked(self, run_id: str) -> bool:
         try:
@@ -172,19 +232,13 @@ class LocalRunner:
             return False
         return False
 
-    def sweep(self, run_id: str) -> None:
-        """End what is left of a run whose process is dead, so that no orphaned step goes on and
-        promotes what nobody waits for."""
+    def sweep(self, run: Run) -> None:
+        """End the processes that a dead run has left."""
         for process in psutil.process_iter():
             # Most are other people's, or end while they are looked at.
             with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                if process.environ().get(_MARK) == run_id:
+                if process.environ().get(_MARK) == run.run_id:
                     process.kill()
-
-    def exit_code(self, run_id: str) -> int | None:
-        """Exit code of a run that this object started and that has ended, else None."""
-        child = self._children.get(run_id)
-        return child.poll() if child is not None else None
 
     def _file(self, run_id: str) -> Path:
         return self._folder(run_id) / "process"

@@ -95,6 +95,9 @@ class StandIn:
                     now = self.script.pop(0) if len(self.script) > 1 else self.script[0]
                     run.update(now() if callable(now) else now)
                 return run
+            case "DELETE", ["runs", name]:
+                self.runs.remove(self._one(self.runs, "run_id", name))
+                return {}
             case "GET", ["recurringruns"]:
                 return self._page("recurringRuns", self.recurring, query)
             case "POST", ["recurringruns"]:

@@ -232,3 +232,47 @@ def test_a_network_that_was_killed_goes_on_from_its_checkpoint(home: Home, tmp_p
     assert seen[0] > 3  # the checkpoint of the last epoch may not have been whole
     assert seen == list(range(seen[0], 61))
     assert home.store.list("small-digits/checkpoints") == []
+
+
+@pytest.mark.slow
+def test_a_run_that_was_interrupted_goes_on_and_says_its_end_again(
+    home: Home, tmp_path: Path
+) -> None:
+    """As on a cluster whose node goes away: the first pod is told to end, the next one goes on."""
+    contract = write_contract(tmp_path)
+    again = ("--run-id", "r1", "--trigger", "test", "--resume")
+    first = subprocess.Popen(
+        command(contract, *again, "--events"), stdout=subprocess.PIPE, text=True
+    )
+    assert first.stdout is not None
+    for line in first.stdout:
+        if '"step": "fit"' in line and '"done"' in line:
+            break
+    first.terminate()
+    assert first.wait(60) == 130
+    first.stdout.close()
+    assert runs.read(home.store, "tiny", "r1") is None
+    assert runs.steps(home.store, "tiny", "r1")[0].state == "done"
+    assert not list(processes_of(home))
+
+    second = run(contract, *again)
+    assert second.returncode == 0, second.stdout + second.stderr
+    outcome = runs.read(home.store, "tiny", "r1")
+    assert outcome is not None
+    assert all(s.state == "done" for s in outcome.steps)
+    third = run(contract, *again)
+    assert third.returncode == 0, third.stdout + third.stderr
+    assert "Promoted: " in third.stdout
+    assert runs.read(home.store, "tiny", "r1") == outcome
+
+    # Killed between promoting and saying so: it has promoted, and is not judged against itself.
+    (Path(home.store_uri) / runs.key("tiny", "r1", "outcome.json")).unlink()
+    fourth = run(contract, *again)
+    assert fourth.returncode == 0, fourth.stdout + fourth.stderr
+    assert len(rollout.history(home.store, "tiny")) == 1
+
+
+def test_what_is_to_go_on_must_be_named(tmp_path: Path) -> None:
+    done = run(write_contract(tmp_path), "--resume")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "name it by --run-id" in done.stderr

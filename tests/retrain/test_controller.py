@@ -18,7 +18,9 @@ from driftmill import contract as contracts
 from driftmill import home as homes
 from driftmill import rollout, runs
 from driftmill.bundle import Manifest
+from driftmill.contract import Retrain
 from driftmill.home import Home
+from driftmill.retrain import alerts
 from driftmill.retrain.controller import LOST, Controller, Reply
 from driftmill.retrain.ledger import Ledger, Run
 from driftmill.retrain.runner import LocalRunner
@@ -224,6 +226,7 @@ def test_a_started_run_that_ended_unnoted_is_not_started_again(world: World) -> 
     command = (sys.executable, str(FAKE), "--silent")
     process = LocalRunner(world.home, command).start(world.run(), world.controller().contract)
     assert process is not None
+    assert process.pid is not None
     os.waitpid(process.pid, 0)
     world.controller().tick()
     assert world.run().state == "failed"
@@ -303,9 +306,7 @@ def test_a_run_of_a_machine_that_fell_silent_is_lost_after_a_while(world: World)
     world.offset = LOST + timedelta(seconds=5)
     controller.tick()
     assert world.run().state == "failed"
-    assert (
-        "the machine elsewhere, which ran it, has not been heard of for 1m 5s" in world.run().reason
-    )
+    assert "elsewhere, where it ran, has not been heard of for 1m 5s" in world.run().reason
 
 
 def test_a_run_that_lives_is_noted_as_seen(world: World, tmp_path: Path) -> None:
@@ -430,3 +431,95 @@ def test_a_dead_run_takes_its_children_with_it(world: World, tmp_path: Path) -> 
         ["ps", "-o", "stat=", "-p", pid.read_text().strip()], capture_output=True, text=True
     ).stdout
     assert state == "" or state.startswith("Z")
+
+
+def first(world: World, *arguments: str) -> Controller:
+    """A controller that is to train the first model, as after a restart."""
+    runner = LocalRunner(world.home, (sys.executable, str(FAKE), *arguments))
+    return Controller(
+        world.path, world.store, world.ledger, runner, clock=world.now, train_first=True
+    )
+
+
+def ended(world: World) -> bool:
+    return world.ledger.active("tiny") is None
+
+
+def test_the_first_model_is_trained_once(world: World) -> None:
+    """Without rows, alert or request; though the fake run promotes nothing, not again."""
+    world.controller().tick()
+    assert world.ledger.runs("tiny") == []  # nobody asked for it
+    tick_until(first(world), lambda: world.ledger.runs("tiny") != [] and ended(world))
+    run = world.run()
+    assert (run.trigger, run.state) == ("first", "promoted")
+    outcome = runs.read(world.store, "tiny", run.run_id)
+    assert outcome is not None
+    assert outcome.trigger == "first"
+    world.offset = timedelta(days=1)
+    first(world).tick()
+    assert len(world.ledger.runs("tiny")) == 1
+
+
+def test_no_first_model_is_trained_where_one_serves(world: World) -> None:
+    world.add_version("aaaaaaaaaaaa")
+    rollout.change(world.store, "tiny", champion="aaaaaaaaaaaa", by="person", reason="by hand")
+    first(world).tick()
+    assert world.ledger.runs("tiny") == []
+
+
+def test_a_first_model_that_is_not_good_enough_is_a_persons_turn(world: World) -> None:
+    controller = first(world, "--state", "rejected")
+    tick_until(controller, lambda: world.ledger.runs("tiny") != [] and ended(world))
+    world.offset = timedelta(days=1)
+    first(world).tick()
+    assert len(world.ledger.runs("tiny")) == 1
+
+
+def test_a_first_run_that_failed_is_tried_again_until_the_breaker_opens(world: World) -> None:
+    world.write("retrain: {cooldown: 1h, breaker: 2}\n")
+    controller = first(world, "--silent")
+    tick_until(controller, lambda: world.ledger.runs("tiny") != [] and ended(world))
+    assert world.run().state == "failed"
+    world.offset = timedelta(minutes=59)
+    controller.tick()
+    assert world.ledger.decisions("tiny", 1)[0].code == "cooldown"
+    assert len(world.ledger.runs("tiny")) == 1
+    world.offset = timedelta(minutes=62)
+    tick_until(controller, lambda: len(world.ledger.runs("tiny")) == 2 and ended(world))
+    world.offset = timedelta(hours=3)
+    controller.tick()
+    newest = world.ledger.decisions("tiny", 1)[0]
+    assert (newest.trigger, newest.code) == ("first", "breaker")
+    controller.tick()  # asked once a minute, and not at every tick
+    assert world.ledger.decisions("tiny", 1)[0].deliveries == 1
+    assert len(world.ledger.runs("tiny")) == 2
+
+
+def test_a_first_run_that_never_began_is_wanted_again(world: World) -> None:
+    controller = first(world)
+    world.write("retrain: {dry_run: true, cooldown: 0}\n")
+    trigger = alerts.first(None)
+    policy = Retrain()
+    world.ledger.decide("tiny", policy, trigger, fresh_rows=None, now=world.now())
+    controller.tick()
+    assert world.run().state == "stopped"
+    world.write("retrain: {cooldown: 0}\n")
+    world.offset = timedelta(minutes=2)
+    controller.tick()
+    assert [r.state for r in world.ledger.runs("tiny")] == ["running", "stopped"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "code"),
+    [
+        ("enabled: false", "disabled"),
+        ("dry_run: true", "dry_run"),
+        ("budget: {runs: 0}", "budget"),
+        ("triggers: []", "started"),
+    ],
+)
+def test_the_first_model_obeys_the_policy(world: World, setting: str, code: str) -> None:
+    world.write(f"retrain: {{{setting}}}\n")
+    first(world).tick()
+    assert world.ledger.decisions("tiny", 1)[0].code == code
+    assert len(world.ledger.runs("tiny")) == (code == "started")

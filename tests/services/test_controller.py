@@ -25,12 +25,14 @@ from driftmill.contract import Retrain
 from driftmill.retrain.ledger import Ledger, Run
 from driftmill.retrain.policy import Trigger
 from driftmill.store import write_atomic
+from services import controller
 from tests.conftest import CONTRACT
 from tests.retrain.test_alerts import payload
 
 pytestmark = pytest.mark.slow
 
 FAKE = Path(__file__).parents[1] / "retrain" / "fake_run.py"
+JOB = Path(__file__).parents[1] / "pipelines" / "job.yaml"
 EAGER = "retrain: {cooldown: 0, min_fresh_rows: 0, breaker: 9}\n"
 TOKEN = "correct-horse-battery"
 
@@ -57,7 +59,7 @@ class Service:
         """Replace the contract in one step: half a file would count as a mistake."""
         write_atomic(self.contract, text.encode())
 
-    def start(self, *run: str) -> None:
+    def start(self, *run: str, options: tuple[str, ...] = ()) -> None:
         """Start it with a fake run that gets these arguments, and wait until it is ready."""
         command = [sys.executable, str(FAKE), *run]
         with self.output.open("ab") as output:
@@ -66,7 +68,7 @@ class Service:
                     *(sys.executable, "-m", "services.controller"),
                     *("--contract", str(self.contract), "--token-file", str(self.token_file)),
                     *("--port", str(self.port), "--poll", "0.2"),
-                    *("--runner-command", shlex.join(command)),
+                    *("--runner-command", shlex.join(command), *options),
                 ],
                 env={**os.environ, **self.home.environment()},
                 stdout=output,
@@ -372,3 +374,43 @@ def test_it_says_why_it_does_not_start(
     assert ended.stderr.startswith("controller: ")
     assert message in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("runner", "said"),
+    [
+        (["job"], "the runner job needs --job-template FILE"),
+        (["job", "--job-template", "/nonexistent"], "the template of Jobs cannot be read"),
+        (["job", "--job-template", str(JOB)], "this is no pod; choose --runner local"),
+        (["job", "--start-within", "soon"], "--start-within: "),
+        (["kubeflow"], "no Kubeflow Pipelines is named"),
+        (["kubeflow", "--endpoint", "http://127.0.0.1:9"], "a folder of this machine"),
+    ],
+)
+def test_a_runner_that_cannot_be_had_is_said_at_once(
+    tmp_path: Path,
+    runner: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    contract, token = tmp_path / "contract.yaml", tmp_path / "token"
+    contract.write_text(CONTRACT)
+    token.write_text(TOKEN)
+    for name in ("KUBERNETES_SERVICE_HOST", "KF_PIPELINES_ENDPOINT", "DRIFTMILL_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DRIFTMILL_HOME", str(tmp_path))
+    given = ["--contract", str(contract), "--token-file", str(token), "--runner", *runner]
+    monkeypatch.setattr(sys, "argv", ["controller", *given])
+    try:
+        code = controller.main()
+    except SystemExit as wrong:  # as argparse ends
+        code = int(str(wrong.code))
+    assert code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_service_can_be_asked_to_train_the_first_model(service: Service) -> None:
+    service.start("--state", "rejected", options=("--train-first",))
+    service.until(lambda: bool(service.runs()) and service.ended())
+    assert (service.run().trigger, service.run().state) == ("first", "rejected")
