@@ -23,11 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from driftmill import values
 from driftmill.contract import LOCAL_SCHEMES, Contract, ContractError, load
 from driftmill.home import find
 from driftmill.images import for_steps
-from driftmill.monitor import dashboards, rules
 from driftmill.store import write_atomic
 from driftmill.version import code_version
 
@@ -116,6 +114,9 @@ _Dumper.add_representer(str, _text)
 
 def _around(contract: Contract, store: str, image: str | None) -> dict[str, str]:
     """What serves and watches the model, and the contract itself: texts by file name."""
+    # Only here: the controller, which compiles the package for each run, has no need of them.
+    from driftmill import values
+    from driftmill.monitor import dashboards, rules
 
     def as_yaml(document: dict[str, Any]) -> str:
         return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=MAX_BYTES)

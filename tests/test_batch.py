@@ -206,7 +206,7 @@ def test_what_cannot_be_scored_is_named(
 
 def test_there_must_be_parquet(loaded: Bundle, tmp_path: Path) -> None:
     """No file, a file of another kind, and a scheme that nobody knows."""
-    with pytest.raises(BatchError, match="nowhere://rows cannot be read: .*nowhere"):
+    with pytest.raises(BatchError, match=r"nowhere://rows cannot be read: .*nowhere"):
         batch.score(loaded, "nowhere://rows", Store(tmp_path / "out"))
     with pytest.raises(BatchError, match="there is no Parquet file at"):
         batch.score(loaded, str(tmp_path / "none.parquet"), Store(tmp_path / "out"))

@@ -84,7 +84,7 @@ def test_a_changed_manifest_is_noticed(folder: Path) -> None:
     values["contract"]["data"]["columns"][0]["max"] = 1e9
     path.write_text(json.dumps(values, indent=1))
     assert bundle.verify(folder, signed=False)
-    with pytest.raises(BundleError, match=r"its manifest is not what .* has signed: it was changed"):
+    with pytest.raises(BundleError, match=r"its manifest is not what .* has signed"):
         bundle.verify(folder)
 
 

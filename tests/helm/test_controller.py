@@ -44,9 +44,8 @@ def test_its_rights_are_those_that_jobs_take() -> None:
     found = render()
     (role,) = of(found, "Role").values()
     assert [(r["resources"], r["verbs"], r.get("resourceNames")) for r in role["rules"]] == [
-        (["jobs"], ["create", "get", "list", "watch", "delete"], None),
-        (["pods"], ["get", "list", "watch"], None),
-        (["pods/log"], ["get"], None),
+        (["jobs"], ["create", "get", "delete"], None),
+        (["pods"], ["list"], None),
         (["deployments"], ["get"], [CONTROLLER]),
     ]
     (binding,) = of(found, "RoleBinding").values()

@@ -37,21 +37,25 @@ def test_a_pod_has_time_to_drain(wait: int, drain: int, grace: int) -> None:
 
 def test_pods_are_spread_over_zones_and_nodes() -> None:
     spec = deployment()["spec"]
-    spread = spec["template"]["spec"]["topologySpreadConstraints"]
-    assert [s["topologyKey"] for s in spread] == [
-        "topology.kubernetes.io/zone",
-        "kubernetes.io/hostname",
-    ]
-    for each in spread:
-        assert each["whenUnsatisfiable"] == "ScheduleAnyway"
-        assert each["matchLabelKeys"] == ["pod-template-hash"]
-        assert each["labelSelector"]["matchLabels"] == spec["selector"]["matchLabels"]
+    pod = spec["template"]["spec"]
+    (spread,) = pod["topologySpreadConstraints"]
+    assert spread["topologyKey"] == "kubernetes.io/hostname"
+    assert spread["whenUnsatisfiable"] == "ScheduleAnyway"
+    assert spread["matchLabelKeys"] == ["pod-template-hash"]
+    ((wish,),) = pod["affinity"]["podAntiAffinity"].values()
+    term = wish["podAffinityTerm"]
+    assert term["topologyKey"] == "topology.kubernetes.io/zone"
+    for selector in (spread["labelSelector"], term["labelSelector"]):
+        assert selector["matchLabels"] == spec["selector"]["matchLabels"]
 
 
 def test_they_may_be_spread_in_another_way() -> None:
     wanted = [{"maxSkew": 2, "topologyKey": "rack", "whenUnsatisfiable": "DoNotSchedule"}]
     found = deployment({"service": {"topologySpreadConstraints": wanted}})
     assert found["spec"]["template"]["spec"]["topologySpreadConstraints"] == wanted
+    affinity = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
+    found = deployment({"service": {"affinity": affinity}})
+    assert found["spec"]["template"]["spec"]["affinity"] == affinity
 
 
 @pytest.mark.parametrize(
