@@ -26,12 +26,14 @@ USER = 65532
 #: What steps read from their namespace, each under its own name; all of it may be missing, as where
 #: a cloud gives the service account its rights.
 CONFIG: dict[str, tuple[str, ...]] = {
-    "driftmill": ("AWS_ENDPOINT_URL", "AWS_REGION", "MLFLOW_TRACKING_URI")
+    "driftmill": ("AWS_ENDPOINT_URL", "AWS_REGION", "MLFLOW_TRACKING_URI", "DRIFTMILL_TRUSTED_KEYS")
 }
 SECRETS: dict[str, tuple[str, ...]] = {
     "driftmill-store": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),
     "driftmill-tracking": ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 }
+#: What only the step that signs and promotes reads.
+SIGNING: dict[str, tuple[str, ...]] = {"driftmill-signing": ("DRIFTMILL_SIGNING_KEY",)}
 #: Longest time of a step that only moves files.
 LITTLE_TIME = 3600.0
 
@@ -70,7 +72,7 @@ def configure(task: Any, need: Need, *, contract: Contract, images: dict[Need, s
         kubernetes.add_pod_label(task, name, value)
     for name, keys in CONFIG.items():
         kubernetes.use_config_map_as_env(task, name, {key: key for key in keys}, optional=True)
-    for name, keys in SECRETS.items():
+    for name, keys in (SECRETS | (SIGNING if task.name == "promote" else {})).items():
         kubernetes.use_secret_as_env(task, name, {key: key for key in keys}, optional=True)
     # What else the Pod Security level `restricted` asks for, the back end adds to every pod.
     kubernetes.set_security_context(task, USER, USER, run_as_non_root=True)

@@ -221,11 +221,16 @@ def test_every_pod_is_labelled_and_has_no_more_rights_than_it_needs(
 
 def test_secrets_and_addresses_are_named_and_may_be_missing(tiny: Contract, tmp_path: Path) -> None:
     expected = {
-        "driftmill": {"AWS_ENDPOINT_URL", "AWS_REGION", "MLFLOW_TRACKING_URI"},
+        "driftmill": {
+            "AWS_ENDPOINT_URL",
+            "AWS_REGION",
+            "DRIFTMILL_TRUSTED_KEYS",
+            "MLFLOW_TRACKING_URI",
+        },
         "driftmill-store": {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"},
         "driftmill-tracking": {"MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"},
     }
-    for pod in pod_settings(tiny, tmp_path).values():
+    for step, pod in pod_settings(tiny, tmp_path).items():
         found = {}
         for reference in pod["secretAsEnv"]:
             assert all(k["secretKey"] == k["envVar"] for k in reference["keyToEnv"])
@@ -233,7 +238,8 @@ def test_secrets_and_addresses_are_named_and_may_be_missing(tiny: Contract, tmp_
         for reference in pod["configMapAsEnv"]:
             assert all(k["configMapKey"] == k["envVar"] for k in reference["keyToEnv"])
             found[reference["configMapName"]] = {k["envVar"] for k in reference["keyToEnv"]}
-        assert found == expected
+        signs = {"driftmill-signing": {"DRIFTMILL_SIGNING_KEY"}} if step == "promote" else {}
+        assert found == expected | signs
         assert all(r["optional"] for r in [*pod["secretAsEnv"], *pod["configMapAsEnv"]])
 
 
