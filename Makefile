@@ -4,6 +4,8 @@
 
 PYTHON ?= python3
 EXAMPLE ?= payments
+# Tests at the same time, one a core; make test WORKERS=0 runs them one after the other.
+WORKERS ?= logical --maxprocesses 4
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -31,6 +33,8 @@ $(VENV)/.has-%: pyproject.toml constraints.txt | $(BIN)/uv
 
 comma := ,
 DEV := $(VENV)/.has-dev
+PYTEST := $(BIN)/python -m pytest
+SIDE_BY_SIDE := -n $(WORKERS) --dist worksteal
 IS_VISION := $(shell grep -ls '^task: image' examples/$(EXAMPLE)/contract.yaml $(EXAMPLE))
 DEMO := $(VENV)/.has-laptop$(if $(IS_VISION),-vision)
 
@@ -40,16 +44,16 @@ demo: $(DEMO) ## Run the whole loop: make demo [EXAMPLE=payments|bike-sharing|di
 	$(BIN)/driftmill demo $(EXAMPLE)
 
 test: $(DEV) lint ## Lint, type-check and run every test that needs no Docker, with coverage.
-	$(BIN)/python -m pytest -m 'not docker and not cluster' --cov --durations=10
+	$(PYTEST) -m 'not docker and not cluster' $(SIDE_BY_SIDE) --cov --durations=10
 
 test-fast: $(DEV) ## Of these, run the tests that take less than a few seconds each.
-	$(BIN)/python -m pytest -m 'not slow and not docker and not cluster'
+	$(PYTEST) -m 'not slow and not docker and not cluster' $(SIDE_BY_SIDE)
 
 test-docker: $(DEV) ## Test the images, and pipelines in them; needs Docker.
-	$(BIN)/python -m pytest -m docker --durations=10 tests/docker
+	$(PYTEST) -m docker --durations=10 tests/docker
 
 test-cluster: $(DEV) ## Test on a Kubernetes cluster; needs Docker and kind, or a cluster.
-	$(BIN)/python -m pytest -m cluster --durations=10 tests/cluster
+	$(PYTEST) -m cluster --durations=10 tests/cluster
 
 lint: $(DEV) ## Check style, types and Dockerfiles.
 	$(BIN)/ruff check .

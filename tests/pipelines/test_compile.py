@@ -48,7 +48,7 @@ SPOT = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 def compiled(contract: Contract, folder: Path, **options: Any) -> list[dict[str, Any]]:
     """The YAML documents of the package."""
     path = compiler.compile_package(contract, folder, store="s3://bucket/store", **options)
-    return list(yaml.safe_load_all(path.read_text()))
+    return list(yaml.load_all(path.read_text(), yaml.CSafeLoader))
 
 
 def placed(contract: Contract, **resources: Any) -> Contract:

@@ -202,7 +202,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(
         running.process.kill()
         running.process.wait()
     # Without its parent the worker ends by itself.
-    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    assert psutil.wait_procs(workers, timeout=200)[1] == []
     send(version, 150, shift=3)
     with monitor(store, tmp_path, receiver.url) as running:
         running.wait(lambda: len(windows.results(store, "tiny")) == 4)

@@ -270,7 +270,8 @@ def build_bento(tmp_path: Path, file: str) -> None:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("driftmill", "services", "components", "pipelines"):
-        shutil.copytree(ROOT / name, source / name)
+        # What others compile just now comes and goes.
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "dist").mkdir()
     environment = os.environ | {"BENTOML_HOME": str(tmp_path / "bentoml")}
     wheel = "from setuptools import build_meta; build_meta.build_wheel('dist')"
