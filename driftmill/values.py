@@ -303,8 +303,7 @@ class Service(Pods):
     drain_seconds: int = Field(20, ge=0)
     """Seconds that clients get to leave after the signal."""
     topology_spread_constraints: tuple[Spread, ...] = ()
-    """How pods are spread; empty: over nodes, where possible. (Over zones: `affinity`, whose default
-    for the service does it.)"""
+    """How pods are spread; empty: over nodes, where possible, and by affinity over zones."""
     probes: Probes = Probes()
     """Probes."""
     autoscaling: Autoscaling = Autoscaling()
