@@ -53,7 +53,9 @@ def test_they_may_be_spread_in_another_way() -> None:
     wanted = [{"maxSkew": 2, "topologyKey": "rack", "whenUnsatisfiable": "DoNotSchedule"}]
     found = deployment({"service": {"topologySpreadConstraints": wanted}})
     assert found["spec"]["template"]["spec"]["topologySpreadConstraints"] == wanted
-    affinity = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
+    affinity: dict[str, Any] = {
+        "nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}
+    }
     found = deployment({"service": {"affinity": affinity}})
     assert found["spec"]["template"]["spec"]["affinity"] == affinity
 
