@@ -11,8 +11,12 @@ from driftmill.contract import Contract, Resources, Toleration
 if TYPE_CHECKING:
     from pipelines.training import Need
 
-#: Taints that clouds put on nodes which can be taken away.
-SPOT_TAINTS = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
+#: Taints of nodes which can be taken away: those that clouds put there, and ours where one has none.
+SPOT_TAINTS = (
+    "driftmill/spot",
+    "cloud.google.com/gke-spot",
+    "kubernetes.azure.com/scalesetpriority",
+)
 #: Taint that clouds and NVIDIA's operator put on nodes with GPUs, to keep other pods away.
 GPU_TAINT = "nvidia.com/gpu"
 #: Label by which NVIDIA's feature discovery tells what GPU a node has.

@@ -42,7 +42,7 @@ PLACED = {
     "spot": True,
 }
 STEPS = ("prepare", "fit", "assemble", "judge", "promote", "record")
-SPOT = ("cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
+SPOT = ("driftmill/spot", "cloud.google.com/gke-spot", "kubernetes.azure.com/scalesetpriority")
 
 
 def compiled(contract: Contract, folder: Path, **options: Any) -> list[dict[str, Any]]:

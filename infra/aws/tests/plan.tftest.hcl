@@ -53,7 +53,7 @@ run "small" {
     error_message = "GPU nodes bear the label that contracts ask for"
   }
   assert {
-    condition     = toset([for taint in module.eks.eks_managed_node_groups.smallsp.node_group_taints : taint.key]) == toset(["nvidia.com/gpu", "cloud.google.com/gke-spot"])
+    condition     = toset([for taint in module.eks.eks_managed_node_groups.smallsp.node_group_taints : taint.key]) == toset(["nvidia.com/gpu", "driftmill/spot"])
     error_message = "spot nodes bear both taints"
   }
   assert {

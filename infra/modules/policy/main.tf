@@ -11,9 +11,9 @@ locals {
   # tests/infra holds both together.
   gpu_product = "nvidia.com/gpu.product"
   gpu_taint   = "nvidia.com/gpu"
-  # AWS has no taint of its own for spot; Google's is one that the compiler's steps tolerate.
+  # AWS has no taint of its own for spot.
   spot_taint = {
-    aws    = { key = "cloud.google.com/gke-spot", value = "true" }
+    aws    = { key = "driftmill/spot", value = "true" }
     google = { key = "cloud.google.com/gke-spot", value = "true" }
     azure  = { key = "kubernetes.azure.com/scalesetpriority", value = "spot" }
   }[var.cloud]
