@@ -4,6 +4,12 @@
 
 PYTHON ?= python3
 EXAMPLE ?= payments
+CONTRACT ?= examples/$(EXAMPLE)/contract.yaml
+# Folder of the contracts to compile, and the commit that contracts-diff compares with.
+CONTRACTS ?= examples
+BASE ?= origin/main
+# What `driftmill images build --family` takes; empty: all images.
+FAMILY ?=
 # Tests at the same time, one a core; make test WORKERS=0 runs them one after the other.
 WORKERS ?= logical --maxprocesses 4
 VENV := .venv
@@ -13,11 +19,11 @@ BIN := $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-docker test-cluster lint format images chart docs benchmarks \
-	constraints clean
+.PHONY: help venv demo test test-fast test-docker test-cluster lint format images push sbom scan sign audit \
+	contracts contracts-diff train bundle sign-bundle chart docs benchmarks constraints clean
 
 help: ## Show this list.
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(BIN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -66,7 +72,58 @@ format: $(DEV) ## Rewrite the code in the project's style.
 	$(BIN)/ruff format .
 
 images: $(DEV) ## Build the container images of steps and services; needs Docker.
-	$(BIN)/driftmill images build
+	$(BIN)/driftmill images build $(if $(FAMILY),--family $(FAMILY))
+
+push: $(DEV) ## Build them and push them to DRIFTMILL_IMAGE_PREFIX.
+	$(BIN)/driftmill images build --push $(if $(FAMILY),--family $(FAMILY))
+
+# Full names of the images, FAMILY's or all.
+NAMES = $(BIN)/python -c 'import sys; from driftmill import images; \
+	print(*map(images.reference, images.choose(sys.argv[1:])))' $(FAMILY)
+
+sbom: images ## Write what is in the images to build/sbom/, as CycloneDX; needs syft.
+	mkdir -p build/sbom
+	set -e; names=$$($(NAMES)); for full in $$names; do name=$${full##*/}; \
+		syft scan "docker:$$full" --output "cyclonedx-json=build/sbom/$${name%%:*}.cdx.json"; done
+
+scan: sbom ## Look for known weaknesses in what is in them that an update would mend; needs grype.
+	set -e; names=$$($(NAMES)); for full in $$names; do name=$${full##*/}; \
+		grype "sbom:build/sbom/$${name%%:*}.cdx.json" --only-fixed --fail-on high; done
+
+sign: sbom ## Sign the pushed images and the lists of what is in them; needs cosign.
+	set -e; names=$$($(NAMES)); for full in $$names; do name=$${full##*/}; \
+		digest=$$(docker image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$$full" \
+			| grep -F "$${full%:*}@"); \
+		cosign sign --yes "$$digest"; \
+		cosign attest --yes --type cyclonedx --predicate "build/sbom/$${name%%:*}.cdx.json" "$$digest"; done
+
+audit: $(DEV) ## Ask PyPI whether a locked package has a known weakness; needs the network.
+	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --no-deps --disable-pip -r constraints.txt
+
+contracts: $(DEV) ## Compile each contract below CONTRACTS into build/contracts/.
+	rm -rf build/contracts
+	set -e; for contract in $$(find $(CONTRACTS) -name contract.yaml | sort); do \
+		$(BIN)/driftmill compile "$$contract" -o "build/contracts/$$(basename "$$(dirname "$$contract")")"; done
+
+contracts-diff: contracts ## Show what a change of contracts changes on a cluster: build/contracts.diff.
+	rm -rf build/base && mkdir -p build/base/source
+	git archive $(BASE) $(CONTRACTS) | tar -x -C build/base/source
+	set -e; for contract in $$(find build/base/source -name contract.yaml | sort); do \
+		$(BIN)/driftmill compile "$$contract" -o "build/base/contracts/$$(basename "$$(dirname "$$contract")")"; done
+	find build/base/contracts -type f -exec sed -i 's|$(CURDIR)/build/base/source|$(CURDIR)|g' {} +
+	cd build && { diff -ruN base/contracts contracts > contracts.diff || test $$? -eq 1; }
+	@cat build/contracts.diff
+
+train: $(DEV) ## Train CONTRACT, promote it if it is better; on Kubeflow where KF_PIPELINES_ENDPOINT is set.
+	mkdir -p build
+	$(BIN)/driftmill $(if $(KF_PIPELINES_ENDPOINT),submit,train) $(CONTRACT); code=$$?; \
+		case $$code in 0) echo promoted ;; 3) echo kept ;; *) exit $$code ;; esac > build/verdict
+
+bundle: $(DEV) ## Verify CONTRACT's champion and pack it into dist/; the same one gives the same bytes.
+	$(BIN)/driftmill verify $(CONTRACT) --pack dist
+
+sign-bundle: ## Sign what make bundle packed; needs cosign.
+	set -e; for file in dist/*.tar.gz; do cosign sign-blob --yes --bundle "$$file.sigstore.json" "$$file"; done
 
 benchmarks: $(DEV) ## Measure what the README quotes; results go to benchmarks/results/.
 	$(BIN)/python -m benchmarks

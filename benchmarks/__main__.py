@@ -18,6 +18,7 @@ BENCHMARKS = {
     "vision_serving": "images a second, beside BentoML with torch and FastAPI with ONNX Runtime",
     "vision_train": "seconds and accuracy of a network, over seeds",
     "compile_time": "seconds to compile a package, and its size",
+    "chart": "the chart on a cluster: install, drift to new model, requests through changes",
     "cluster": "seconds to make a kind cluster and to run a contract on it",
     "images": "seconds to build the images, and their sizes",
     "rollouts": "requests that fail while services are replaced and versions promoted",

@@ -20,9 +20,12 @@ from __future__ import annotations
 
 import base64
 import functools
+import gzip
 import hashlib
+import io
 import json
 import platform
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
@@ -349,6 +352,26 @@ def load(folder: Path, model: str | None = None, *, signed: bool = True) -> Bund
     if output.shape != expected.shape or not np.allclose(output, expected, rtol=most, atol=most):
         raise BundleError(f"{folder}: the model does not answer its examples as it did in training")
     return Bundle(folder, manifest, signature, session)
+
+
+def pack(folder: Path, into: Path) -> Path:
+    """Write a verified bundle as `<model>-<version>.tar.gz`; the same one gives the same bytes.
+
+    Args:
+        folder: the bundle.
+        into: folder of the archive; made.
+    """
+    manifest = read_manifest(folder)
+    name = f"{manifest.model}-{manifest.version}"
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as archive:
+        for path in sorted(folder.iterdir()):
+            member = tarfile.TarInfo(f"{name}/{path.name}")
+            member.size = path.stat().st_size
+            archive.addfile(member, io.BytesIO(path.read_bytes()))
+    target = into / f"{name}.tar.gz"
+    write_atomic(target, gzip.compress(content.getvalue(), mtime=0))
+    return target
 
 
 def examine(folder: Path, *, signed: bool = True) -> dict[str, Any]:

@@ -1219,6 +1219,10 @@ def verify(
         bool,
         typer.Option("--sign", help="Sign it with DRIFTMILL_SIGNING_KEY, if it holds otherwise."),
     ] = False,
+    pack: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Then write it there as one .tar.gz.", show_default=False),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Check a bundle: its files, its version, its signature, its answers; and say where it is from.
@@ -1247,6 +1251,8 @@ def verify(
             key = f"{bundle.key(checked['model'], checked['version'])}/{SIGNATURE}"
             found.write(key, (folder / SIGNATURE).read_bytes())
         checked = bundle.examine(folder)
+    if pack is not None:
+        checked["packed"] = str(bundle.pack(folder, pack))
     if as_json:
         _print_json(checked)
         return

@@ -8,7 +8,8 @@ and how many cores it has to offer.
 | `DRIFTMILL_LEDGER` | `sqlite:///<home>/ledger.db` | SQLAlchemy URL of the controller's ledger |
 | `MLFLOW_TRACKING_URI` | `sqlite:///<home>/mlflow.db` | where runs are recorded |
 
-Who may use them stands in other variables, which `docs/storage.md` names.
+An empty variable counts as none. Who may use them stands in other variables, which
+`docs/storage.md` names.
 """
 
 from __future__ import annotations
@@ -70,12 +71,12 @@ def find(folder: Path | None = None) -> Home:
     Args:
         folder: overrides `DRIFTMILL_HOME`.
     """
-    root = (folder or Path(os.environ.get("DRIFTMILL_HOME", ".driftmill"))).resolve()
+    root = (folder or Path(os.environ.get("DRIFTMILL_HOME") or ".driftmill")).resolve()
     return Home(
         folder=root,
-        store_uri=os.environ.get("DRIFTMILL_STORE", str(root / "store")),
-        ledger_url=os.environ.get("DRIFTMILL_LEDGER", f"sqlite:///{root / 'ledger.db'}"),
-        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}"),
+        store_uri=os.environ.get("DRIFTMILL_STORE") or str(root / "store"),
+        ledger_url=os.environ.get("DRIFTMILL_LEDGER") or f"sqlite:///{root / 'ledger.db'}",
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,3 +199,13 @@ def test_the_command_checks_signs_and_explains(
         app, [*command, str(bundle.locate(store, "tiny", version)), "--json"]
     )
     assert json.loads(as_json.stdout)["version"] == version
+    packed = [
+        CliRunner().invoke(app, [*command, "tiny", "--pack", str(tmp_path / name), "--json"])
+        for name in ("a", "b")
+    ]
+    files = [Path(json.loads(done.stdout)["packed"]) for done in packed]
+    assert files[0].name == f"tiny-{version}.tar.gz"
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with tarfile.open(files[0]) as archive:
+        archive.extractall(tmp_path / "out", filter="data")
+    assert bundle.load(tmp_path / "out" / f"tiny-{version}").version == version

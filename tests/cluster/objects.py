@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,20 @@ class Namespace:
             f"after {seconds} s: {self.explain(seen) if seen else f'no pod has {labels}'}"
         )
 
+    def until_running(self, labels: str, seconds: int = PATIENCE) -> dict[str, Any]:
+        """A pod with these labels whose container runs; an AssertionError after `seconds`."""
+        stream = watch.Watch().stream(
+            self.cluster.core.list_namespaced_pod,
+            self.name,
+            label_selector=labels,
+            timeout_seconds=seconds,
+        )
+        for event in stream:
+            pod: dict[str, Any] = event["raw_object"]
+            if pod["status"]["phase"] == "Running":
+                return pod
+        raise AssertionError(f"after {seconds} s no pod with {labels} runs")
+
     def event(self, reason: str, about: str, seconds: int = PATIENCE) -> None:
         """Return once there is an event of this kind about an object whose name starts so."""
         stream = watch.Watch().stream(
@@ -174,6 +189,14 @@ class Namespace:
         answer = self.cluster.core.read_namespaced_pod_log(name, self.name, _preload_content=False)
         return str(answer.data.decode())
 
+    def lines(self, name: str) -> list[tuple[float, str]]:
+        """What a pod's container printed, line by line, with the times in seconds since 1970."""
+        answer = self.cluster.core.read_namespaced_pod_log(
+            name, self.name, timestamps=True, _preload_content=False
+        )
+        lines = (line.partition(" ") for line in answer.data.decode().splitlines())
+        return [(seconds(at), text) for at, _, text in lines]
+
     def surroundings(self, name: str) -> dict[str, Any]:
         """What `explain` is given: the pod, and lists of nodes, events, pods and claims."""
         core, items = self.cluster.core, self.cluster.json
@@ -191,6 +214,11 @@ class Namespace:
         if case:
             record(case, around)
         return explain(**around)
+
+
+def seconds(at: str) -> float:
+    """A time as the API writes it, in seconds since 1970."""
+    return datetime.fromisoformat(at).timestamp()
 
 
 def record(case: str, around: Mapping[str, Any]) -> None:
