@@ -11,7 +11,7 @@ from driftmill.contract import Contract, Resources, Toleration
 if TYPE_CHECKING:
     from pipelines.training import Need
 
-#: Taints of nodes which can be taken away: those that clouds put there, and ours where one has none.
+#: Taints of nodes that can be taken away: what clouds put there, and ours where one puts none.
 SPOT_TAINTS = (
     "driftmill/spot",
     "cloud.google.com/gke-spot",
