@@ -7,7 +7,9 @@ from `k8s/kind.yaml` and `KIND_NODE_IMAGE`, with a kubeconfig of its own, and de
 The object store is `DRIFTMILL_TEST_S3_IN_CLUSTER`, a URL as pods see it, with the account
 `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`. Without it one is started from
 `DRIFTMILL_TEST_S3_IMAGE`, an image of versitygw. Images come from this machine's Docker; others
-than the usual ones are named by `DRIFTMILL_IMAGE` (steps) and `DRIFTMILL_TEST_SERVICE_IMAGE`.
+than the usual ones are named by `DRIFTMILL_IMAGE` (steps) and `DRIFTMILL_TEST_SERVICE_IMAGE`,
+`DRIFTMILL_TEST_MONITOR_IMAGE`, `DRIFTMILL_TEST_CONTROLLER_IMAGE`. What needs the Prometheus
+operator or the Gateway API is skipped where the named cluster has none.
 Network policies are tested too: the cluster's network must know them, as kind's does.
 """
 
