@@ -20,8 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import models
+
 ROWS, ROUNDS = 1_000_000, 3
-FAMILIES = ("linear", "hist-gradient-boosting")
 RESULT = Path(__file__).parent / "results" / "batch.json"
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         _prepare(Path(folder))
         for _ in range(ROUNDS):
-            for family in FAMILIES:
+            for family in models.FAMILIES:
                 for who in ("driftmill", "pandas"):
                     found = _process(who, family, folder)
                     measured.setdefault(family, {}).setdefault(who, []).append(found)
@@ -81,34 +82,15 @@ def _prepare(folder: Path) -> None:
     import joblib
     import pandas as pd
 
-    from driftmill import bundle, features
-    from driftmill.contract import load
-    from driftmill.data import sources
-    from driftmill.tabular import candidates, export
+    from driftmill.tabular import candidates
 
-    contract = load("examples/payments/contract.yaml")
-    frame = sources.stream(contract)
-    sign = features.signature(contract, frame)
+    _, frame, sign = models.payments()
     inputs = candidates.table(frame, sign)
     rows = pd.concat([inputs] * -(-ROWS // len(inputs)), ignore_index=True).head(ROWS)
     rows.to_parquet(folder / "rows.parquet", index=False, row_group_size=100_000)
-    for family in FAMILIES:
-        pipeline = candidates.build(family, contract, sign, {})
-        candidates.learn(pipeline, contract, inputs, candidates.truth(frame, sign))
+    for family in models.FAMILIES:
+        _, pipeline = models.write(family, folder / family)
         joblib.dump(pipeline, folder / f"{family}.joblib")
-        model = folder / f"{family}.onnx"
-        model.write_bytes(export.to_onnx(pipeline, contract, sign))
-        bundle.write(
-            folder / family,
-            contract=contract,
-            signature=sign,
-            model=model,
-            reference=frame,
-            examples=frame.head(5),
-            family=family,
-            params={},
-            data={},
-        )
 
 
 def _measure(who: str, family: str, folder: str) -> dict[str, float]:

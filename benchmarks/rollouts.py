@@ -34,13 +34,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import models
 from driftmill.home import cores
 
 RESULT = Path(__file__).parent / "results" / "rollouts.json"
 LOAD = Path(__file__).with_name("load.py")
-CONTRACT = "examples/payments/contract.yaml"
 MODEL = "payments"
-FAMILIES = ("linear", "hist-gradient-boosting")
 #: Seconds from SIGTERM until the switch knows, and between two operations.
 LATE, APART = 0.5, 2.0
 #: Seconds that anything may take.
@@ -101,38 +100,16 @@ def free_port() -> int:
 
 
 def bundles(store: Path) -> list[str]:
-    """Make a version of each family; their names."""
-    from driftmill import bundle, features
-    from driftmill.contract import load
-    from driftmill.data import sources
+    """Put a version of each family into a store; their names."""
+    from driftmill import bundle
     from driftmill.store import Store
-    from driftmill.tabular import candidates, export
 
-    contract = load(CONTRACT)
-    frame = sources.stream(contract)
-    sign = features.signature(contract, frame)
     versions = []
     with tempfile.TemporaryDirectory() as name:
-        for family in FAMILIES:
+        for family in models.FAMILIES:
             folder = Path(name, family)
-            pipeline = candidates.build(family, contract, sign, {})
-            candidates.learn(
-                pipeline, contract, candidates.table(frame, sign), candidates.truth(frame, sign)
-            )
-            model = Path(name, f"{family}.onnx")
-            model.write_bytes(export.to_onnx(pipeline, contract, sign))
-            manifest = bundle.write(
-                folder,
-                contract=contract,
-                signature=sign,
-                model=model,
-                reference=frame,
-                examples=frame.head(5),
-                family=family,
-                params={},
-                data={},
-            )
-            key = bundle.key(contract.model, manifest.version)
+            manifest, _ = models.write(family, folder)
+            key = bundle.key(manifest.model, manifest.version)
             Store(store).put_folder(folder, key, bundle.MANIFEST)
             versions.append(manifest.version)
     return versions

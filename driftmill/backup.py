@@ -31,7 +31,7 @@ from typing import IO, Any
 
 from driftmill.home import Home
 from driftmill.serving.log import segment
-from driftmill.store import write_atomic
+from driftmill.store import sha256, write_atomic
 from driftmill.version import code_version
 
 MANIFEST = "backup.json"
@@ -183,7 +183,7 @@ def restore(home: Home, path: Path, say: Callable[[str], None] = lambda text: No
         f"{store.uri}/{key}"
         for key in sorted(known)
         if files.get(f"store/{key}") != hashlib.sha256(store.read(key)).hexdigest()
-    ] + [str(p) for name, p in places.items() if p.exists() and _digest(p) != files[name]]
+    ] + [str(p) for name, p in places.items() if p.exists() and sha256(p) != files[name]]
     if other:
         raise BackupError(
             f"there is something already, such as {other[0]}; restore into an empty --home and "
@@ -266,7 +266,3 @@ def _read(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield member.name, content.read()
     except (tarfile.TarError, EOFError) as error:
         raise BackupError(f"{path} is not a backup, or it was cut off: {error}") from None
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

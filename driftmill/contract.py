@@ -1118,15 +1118,16 @@ def _model_at(loc: tuple[Any, ...]) -> type[BaseModel] | None:
         field = model.model_fields.get(str(part))
         if field is None:
             return None
-        model = _first_model(field.annotation)
+        model = section_in(field.annotation)
     return model
 
 
-def _first_model(annotation: Any) -> type[BaseModel] | None:
+def section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section in an annotation, as in `tuple[Column, ...] | None`; None where there is none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for inner in get_args(annotation):
-        found = _first_model(inner)
+        found = section_in(inner)
         if found is not None:
             return found
     return None

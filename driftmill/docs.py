@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from driftmill.contract import METRICS, Contract, Timestamp, parse_duration
+from driftmill.contract import METRICS, Contract, Timestamp, parse_duration, section_in
 
 _HEAD = """\
 # The contract
@@ -50,23 +50,13 @@ def _walk(model: type[BaseModel], path: str) -> Iterator[tuple[str, type[BaseMod
     """Sections below a model with their path, each followed by its own sections; one that is used
     twice is described where it stands first."""
     for name, field in model.model_fields.items():
-        inner = _model(field.annotation)
+        inner = section_in(field.annotation)
         if inner is None or (path == "data" and name == "test"):
             continue
         many = "[]" if get_origin(field.annotation) is tuple else ""
         here = f"{path}.{name}{many}".lstrip(".")
         yield here, inner
         yield from _walk(inner, here)
-
-
-def _model(annotation: Any) -> type[BaseModel] | None:
-    """The section in an annotation, if it holds one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in get_args(annotation):
-        if (found := _model(inner)) is not None:
-            return found
-    return None
 
 
 def _section(title: str, path: str, model: type[BaseModel]) -> str:
@@ -84,7 +74,7 @@ def _row(name: str, field: FieldInfo, path: str) -> str:
 def _type(field: FieldInfo, path: str, name: str) -> str:
     limits = [text for item in field.metadata for text in _limits(item)]
     annotation = field.annotation
-    if (model := _model(annotation)) is not None:
+    if (model := section_in(annotation)) is not None:
         target = "data.source" if (path, name) == ("data", "test") else f"{path}.{name}".lstrip(".")
         many = get_origin(annotation) is tuple
         anchor = target.replace(".", "").lower()

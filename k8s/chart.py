@@ -20,13 +20,13 @@ import textwrap
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import kubernetes_validate
 import yaml
-from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from driftmill.contract import section_in
 from driftmill.monitor import dashboards
 from driftmill.store import write_atomic
 from driftmill.values import KUBERNETES, Section, Values
@@ -197,7 +197,7 @@ def _rows(section: Section, path: str) -> Iterator[tuple[str, str, str]]:
             continue
         plain = section.model_dump(mode="json", by_alias=True)[field.alias or name]
         yield here, json.dumps(plain).replace("|", "\\|"), about
-        for inner in _items(field.annotation):
+        if (inner := section_in(field.annotation)) is not None:
             # What overrides the settings for all models has their names.
             for item, settings in inner.model_fields.items():
                 kind = settings.annotation
@@ -206,14 +206,6 @@ def _rows(section: Section, path: str) -> Iterator[tuple[str, str, str]]:
                     yield f"{here}.*.{settings.alias or item}", default, _about(settings)
                 else:
                     yield f"{here}.*.{settings.alias or item}", "{}", _about(settings)
-
-
-def _items(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The section that a map or a list holds."""
-    if get_origin(annotation) in (dict, tuple):
-        for argument in get_args(annotation):
-            if isinstance(argument, type) and issubclass(argument, Section):
-                yield argument
 
 
 if __name__ == "__main__":

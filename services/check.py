@@ -24,6 +24,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
+from prometheus_client.parser import text_string_to_metric_families
+
 #: Seconds between two looks at what is not yet as it must be.
 _AGAIN = 0.5
 #: Seconds in which a connection that must not come about has to fail.
@@ -248,13 +250,12 @@ def _png(width: int, height: int) -> bytes:
 
 
 def _metric(text: bytes, name: str, **labels: str) -> float | None:
-    """Sum of a metric's series with these labels in Prometheus' text format; None where there is
-    none."""
+    """Sum of a metric's series with these labels; None where there is none."""
     found = [
-        float(line.rpartition(" ")[2])
-        for line in text.decode().splitlines()
-        if line.startswith((f"{name}{{", f"{name} "))
-        and all(f'{label}="{value}"' in line for label, value in labels.items())
+        sample.value
+        for family in text_string_to_metric_families(text.decode())
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
     ]
     return sum(found) if found else None
 

@@ -349,6 +349,7 @@ class Server:
         """Answer one request to a path that is `ours`."""
         path = scope["path"]
         is_v2 = path not in _METHODS
+        asks = path == "/predict" or (is_v2 and path.endswith("/infer"))
         started = time.perf_counter()
         request_id = ""
         version = ""
@@ -363,14 +364,13 @@ class Server:
                     f"{path} takes {allowed}",
                     headers=((b"allow", allowed.encode()),),
                 )
-            if is_v2 and "POST" in methods:
-                request_id, _, body = await self._receive(scope, receive)
-                response, version = await self._infer(path, body, request_id)
-            elif is_v2:
-                response = self._get_v2(path)
-            elif path == "/predict":
+            if asks:
                 request_id, kind, body = await self._receive(scope, receive)
-                answer = self.predict(body, request_id, kind)
+                answer = (
+                    self._infer(path, body, request_id)
+                    if is_v2
+                    else self.predict(body, request_id, kind)
+                )
                 if self._serving().champion.codec.threaded:
                     answer = _while_connected(answer, receive)
                 response, version = await answer
@@ -378,7 +378,7 @@ class Server:
                 request_id, _, body = await self._receive(scope, receive)
                 response = self.feedback(body)
             else:
-                response = self._get(path)
+                response = self._get_v2(path) if is_v2 else self._get(path)
         except RequestError as error:
             content = json.dumps({"error": error.message}).encode() if is_v2 else error.body()
             response = Response(error.status, content, [_JSON, *error.headers])
@@ -389,7 +389,7 @@ class Server:
         response.headers.append((b"content-length", str(len(response.body)).encode()))
         if self.draining and _CLOSE not in response.headers:
             response.headers.append(_CLOSE)
-        if path == "/predict" or (is_v2 and path.endswith("/infer")):
+        if asks:
             self.metrics.request(version, response.status)
             self.metrics.seconds.observe(time.perf_counter() - started)
         await send(

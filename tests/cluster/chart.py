@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 from kubernetes import client, watch
 
-from tests.cluster.objects import Namespace
+from tests.cluster.objects import Namespace, ready
 from tests.helm.chart import CHART, helm
 
 CODE = Path(__file__).with_name("client.py").read_text()
@@ -179,12 +179,6 @@ class Release:
         )
         decision: dict[str, Any] = self.python("controller", code, model)["decisions"][0]
         return decision
-
-
-def ready(pod: Mapping[str, Any]) -> bool:
-    """Whether a pod is ready."""
-    conditions = pod["status"].get("conditions", [])
-    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
 
 def kubectl(namespace: Namespace, *arguments: str) -> list[str]:

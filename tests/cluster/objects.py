@@ -19,6 +19,12 @@ from k8s.explain import explain
 PATIENCE = 240
 
 
+def ready(pod: Mapping[str, Any]) -> bool:
+    """Whether a pod is ready."""
+    conditions = pod["status"].get("conditions", [])
+    return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
+
+
 @dataclass(frozen=True)
 class Cluster:
     """A cluster that these tests may use as they like.
@@ -130,8 +136,7 @@ class Namespace:
         for event in stream:
             pod: dict[str, Any] = event["raw_object"]
             seen = pod["metadata"]["name"]
-            conditions = pod["status"].get("conditions", [])
-            if any(c["type"] == "Ready" and c["status"] == "True" for c in conditions):
+            if ready(pod):
                 return pod
         raise AssertionError(
             f"after {seconds} s: {self.explain(seen) if seen else f'no pod has {labels}'}"

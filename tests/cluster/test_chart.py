@@ -32,10 +32,9 @@ from tests.cluster.chart import (
     eventually,
     image_of,
     kubectl,
-    ready,
 )
 from tests.cluster.conftest import KEY
-from tests.cluster.objects import Cluster, Namespace, seconds
+from tests.cluster.objects import Cluster, Namespace, ready, seconds
 
 MODEL, OTHER = "payments", "refunds"
 #: Rows of history, and of traffic before the world changes.
@@ -254,10 +253,12 @@ def test_helm_test_fails_where_a_policy_does_not_hold(release: Release, client: 
     # It is applied some moments after it has come.
     (controller,) = release.pods("controller")
     client.call("reachable", host=controller["status"]["podIP"], port=3002)
-    done = release.helm("test", release.name, "--timeout=180s")
-    kubernetes.NetworkingV1Api(release.namespace.cluster.api).delete_namespaced_network_policy(
-        "everything", release.namespace.name
-    )
+    try:
+        done = release.helm("test", release.name, "--timeout=180s")
+    finally:
+        kubernetes.NetworkingV1Api(release.namespace.cluster.api).delete_namespaced_network_policy(
+            "everything", release.namespace.name
+        )
     assert done.returncode != 0
     assert "can be reached, and must not be" in release.namespace.log(TEST)
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests import checkov
 from tests.helm.chart import CI, Object, of, render
 from tests.helm.pods import container, environment, mounts, templates
 
@@ -195,21 +194,7 @@ def test_a_model_of_images_has_its_images() -> None:
 
 @pytest.mark.slow
 def test_checkov_finds_nothing(tmp_path: Path) -> None:
-    program = shutil.which("checkov")
-    if program is None:
-        pytest.skip("checkov is not installed; `uv tool install checkov` brings it")
     for i, (base, values) in enumerate(SETS):
         objects: list[Object] = list(render(values, base))
         (tmp_path / f"{base}-{i}.yaml").write_text(yaml.safe_dump_all(objects))
-    done = subprocess.run(
-        [program, "--config-file", "helm/checkov.yaml", "-d", str(tmp_path), "-o", "json"],
-        capture_output=True,
-        text=True,
-    )
-    answer = json.loads(done.stdout)
-    assert [
-        f"{f['check_id']} {f['check_name']}: {f['resource']}"
-        for f in answer["results"]["failed_checks"]
-    ] == []
-    assert done.returncode == 0, done.stderr
-    assert answer["summary"]["passed"] > 4000
+    assert checkov.check(Path("helm/checkov.yaml"), tmp_path)["passed"] > 4000

@@ -110,7 +110,7 @@ def test_a_canary_gets_its_weight_once_a_pod_is_ready(
         }
     }
     config = tmp_path / "kubeconfig"
-    kubeconfig(config, f"http://127.0.0.1:{api.port}")
+    kubeconfig(config, api.url)
     done = helm(
         *("template", RELEASE, str(CHART), "-n", NAMESPACE, "-f", str(CI["canary-route"])),
         *("--dry-run=server", f"--kubeconfig={config}", "--kube-context=test"),

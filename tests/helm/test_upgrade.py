@@ -31,7 +31,7 @@ def api() -> Iterator[Api]:
 def upgrade(api: Api, tmp_path: Path) -> Any:
     """Renders for a cluster that has some Secrets: their text by name."""
     config = tmp_path / "kubeconfig"
-    kubeconfig(config, f"http://127.0.0.1:{api.port}")
+    kubeconfig(config, api.url)
 
     def render(base: str = "minimal", **secrets: str) -> tuple[Object, ...]:
         kind = {"name": "secrets", "kind": "Secret", "namespaced": True, "verbs": ["get"]}

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from driftmill.values import Values
+from tests import checkov
 from tests.infra.conftest import CLOUDS, INFRA, MODULES, run
 from tests.infra.test_roots import RELEASE
 from tests.k8s.conftest import REMOTES, reachable
@@ -125,16 +126,6 @@ def test_the_overlay_renders(outputs: Outputs, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_checkov_finds_nothing() -> None:
-    program = shutil.which("checkov")
-    if program is None:
-        pytest.skip("checkov is not installed; `uv tool install checkov` brings it")
-    done = subprocess.run(
-        [program, "--config-file", INFRA / "checkov.yaml", "-d", INFRA, "-o", "json"],
-        capture_output=True,
-        text=True,
-    )
-    answer = json.loads(done.stdout)
-    failed = [f"{f['check_id']} {f['resource']}" for f in answer["results"]["failed_checks"]]
-    assert not failed
-    assert answer["summary"]["passed"] > 50
-    assert answer["summary"]["parsing_errors"] == 0
+    summary = checkov.check(INFRA / "checkov.yaml", INFRA)
+    assert summary["passed"] > 50
+    assert summary["parsing_errors"] == 0

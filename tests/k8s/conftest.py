@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import http.server
 import json
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import yaml
 
 from k8s import manifests
 from k8s.manifests import ROOT, Object
+from tests.http_server import Handler, listening
 
 REMOTES = {
     "pipelines": "https://github.com/kubeflow/pipelines",
@@ -72,17 +72,17 @@ class Api:
         self.deleted: list[str] = []
         api = self
 
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
+        class Answers(Handler):
+            def do_GET(self) -> None:  # noqa: N802
                 api.asked.append(self.path)
                 self._answer(api.answers.get(self.path.partition("?")[0], 404))
 
-            def do_PATCH(self) -> None:
+            def do_PATCH(self) -> None:  # noqa: N802
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 api.patched.append((self.path, json.loads(body)))
                 self._answer({})
 
-            def do_DELETE(self) -> None:
+            def do_DELETE(self) -> None:  # noqa: N802
                 api.deleted.append(self.path)
                 self._answer({})
 
@@ -90,25 +90,13 @@ class Api:
                 if callable(answer):
                     answer = answer()
                 status, body = (answer, {}) if isinstance(answer, int) else (200, answer)
-                content = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content)
+                self.respond(status, json.dumps(body).encode())
 
-            def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002
-                """Stay silent."""
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.port = self.server.server_address[1]
-        self._thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
-        self._thread.start()
+        self._running = ExitStack()
+        self.url = self._running.enter_context(listening(Answers))
 
     def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self._thread.join()
+        self._running.close()
 
 
 def kubeconfig(path: Path, server: str, context: str = "test") -> None:
@@ -127,7 +115,7 @@ def kubeconfig(path: Path, server: str, context: str = "test") -> None:
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     """An API at the context `test` of the kubeconfig."""
     served = Api({})
-    kubeconfig(tmp_path / "kubeconfig", f"http://127.0.0.1:{served.port}")
+    kubeconfig(tmp_path / "kubeconfig", served.url)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
     yield served
     served.close()

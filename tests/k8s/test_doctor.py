@@ -148,8 +148,8 @@ def test_what_kubeflow_pipelines_says_of_itself(
 
 def test_an_endpoint_is_asked(api: Api) -> None:
     api.answers[doctor.HEALTH] = {"tag_name": "2.17.0"}
-    assert doctor.pipelines_at(f"http://127.0.0.1:{api.port}/").state == "ok"
-    assert doctor.pipelines_at(f"127.0.0.1:{api.port}").state == "ok"
+    assert doctor.pipelines_at(f"{api.url}/").state == "ok"
+    assert doctor.pipelines_at(api.url.removeprefix("http://")).state == "ok"
     nobody = doctor.pipelines_at("http://127.0.0.1:1")
     assert nobody.state == "wrong"
     assert "does not answer" in nobody.found

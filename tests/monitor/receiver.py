@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import ExitStack
 from typing import Any
+
+from tests.http_server import Handler, listening
 
 
 class Receiver:
@@ -17,31 +18,20 @@ class Receiver:
         self.authorizations: list[str] = []
         receiver = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
+        class Hook(Handler):
+            def do_POST(self) -> None:  # noqa: N802
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 receiver.bodies.append({**body, "answered": receiver.status})
                 if "Authorization" in self.headers:
                     receiver.authorizations.append(self.headers["Authorization"])
-                self.send_response(receiver.status)
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+                self.respond(receiver.status, b"")
 
-            def log_message(self, *args: Any) -> None:
-                """Say nothing."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}/alerts"
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.05,), daemon=True
-        )
+        self._running = ExitStack()
+        self._handler = Hook
 
     def __enter__(self) -> Receiver:
-        self._thread.start()
+        self.url = f"{self._running.enter_context(listening(self._handler))}/alerts"
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._running.close()

@@ -7,15 +7,15 @@ What becomes of them, the test says: it has no controller and no kubelet.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import kubernetes_validate
+
+from tests.http_server import Handler, listening
 
 Object = dict[str, Any]
 NAMESPACE = "shop"
@@ -75,7 +75,7 @@ def serve() -> Iterator[ApiServer]:
     """A stand-in on a free port of this machine."""
     state = ApiServer()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         def _handle(self) -> None:
             text = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             split = urlsplit(self.path)
@@ -87,26 +87,9 @@ def serve() -> Iterator[ApiServer]:
             else:
                 body = json.loads(text) if text else None
                 status, answer = state.answer(self.command, split.path, query, body)
-            content = json.dumps(answer).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+            self.respond(status, json.dumps(answer).encode())
 
         do_GET = do_POST = do_DELETE = _handle  # noqa: N815
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
+    with listening(Answers) as state.url:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

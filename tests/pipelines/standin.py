@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatch
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import kfp_server_api  # type: ignore[import-untyped]
 from google.protobuf import json_format  # type: ignore[import-untyped]
 from kfp.pipeline_spec import pipeline_spec_pb2
+
+from tests.http_server import Handler, listening
 
 Object = dict[str, Any]
 API = "/apis/v2beta1"
@@ -186,7 +187,7 @@ def serve() -> Iterator[StandIn]:
     """A stand-in on a free port of this machine."""
     state = StandIn()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         def _handle(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             text = self.rfile.read(length)
@@ -209,27 +210,13 @@ def serve() -> Iterator[StandIn]:
             if status == 0:
                 state.patience.wait(30)
                 return
-            self.send_response(status)
             kind = "application/json" if answer.startswith("{") else "text/html"
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(answer.encode())))
-            self.end_headers()
-            self.wfile.write(answer.encode())
+            self.respond(status, answer.encode(), kind)
 
         do_GET = do_POST = do_DELETE = _handle  # noqa: N815
 
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    state.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield state
-    finally:
-        state.patience.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with listening(Answers) as state.url:
+        try:
+            yield state
+        finally:
+            state.patience.set()

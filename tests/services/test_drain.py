@@ -15,50 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from benchmarks.rollouts import Switch
 from driftmill import rollout
 from driftmill.store import Store
 from tests.services.test_tabular import MODULE, RECORD, MakeBundle, service
 
 BODY = json.dumps({"records": [RECORD]})
 HEADERS = {"content-type": "application/json"}
-
-
-class Switch:
-    """Stands for a cluster's network: a new connection goes to one of the ports in the list, and
-    stays there."""
-
-    def __init__(self) -> None:
-        self.ports: list[int] = []
-        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
-        self.port: int = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return  # closed
-            try:
-                server = socket.create_connection(("127.0.0.1", random.choice(self.ports)))
-            except OSError:
-                client.close()
-                continue
-            for pair in ((client, server), (server, client)):
-                threading.Thread(target=self._copy, args=pair, daemon=True).start()
-
-    @staticmethod
-    def _copy(source: socket.socket, target: socket.socket) -> None:
-        try:
-            while data := source.recv(65536):
-                target.sendall(data)
-            target.shutdown(socket.SHUT_WR)
-        except OSError:
-            source.close()
-            target.close()
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 class Clients:
@@ -107,18 +70,17 @@ def replace(store: Store, folder: Path, drain: float, times: int) -> tuple[Clien
     command = [*MODULE[:-1], "--drain-seconds", str(drain), MODULE[-1]]
     codes: list[int] = []
     with ExitStack() as stack:
-        stack.callback(switch.close)
         old, url = stack.enter_context(service(store, folder / "0", command))
-        switch.ports = [int(url.rpartition(":")[2])]
+        switch.to = [int(url.rpartition(":")[2])]
         with Clients(switch.port) as clients:
             for number in range(1, times + 1):
                 new, url = stack.enter_context(service(store, folder / str(number), command))
                 port = int(url.rpartition(":")[2])
-                switch.ports = [*switch.ports, port]
+                switch.to = [*switch.to, port]
                 time.sleep(0.3)  # load on both
                 old.send_signal(signal.SIGTERM)
                 time.sleep(0.3)  # the time in which nobody knows yet
-                switch.ports = [port]
+                switch.to = [port]
                 codes.append(old.wait(30))
                 old = new
     return clients, codes
