@@ -681,6 +681,24 @@ class Gates(Section):
     beyond it the model stays in float32."""
 
 
+class Abort(Section):
+    """When a challenger is taken out by itself: at its first error or NaN, and by these rules."""
+
+    timeout: Seconds = 5.0
+    """A challenger that computes a batch for longer hangs: it is cut off, and the champion
+    answers."""
+    window: int = Field(200, ge=1)
+    """Answers, or compared rows, after which it is judged, again and again."""
+    slow: Fraction | None = 0.05
+    """Largest share of answers slower than `serve.slo.latency_ms`, unless half as many of the
+    champion's are, too; null: any."""
+    disagreement: Fraction | None = None
+    """Largest share of rows that it answers otherwise than the champion; null: any. Where it
+    answers in the champion's place, the champion predicts, too, and nobody waits for it."""
+    tolerance: float = Field(0.0, ge=0)
+    """Numbers that differ by no more than this are the same answer (regression)."""
+
+
 class Canary(Section):
     """How a promoted model takes over."""
 
@@ -688,12 +706,17 @@ class Canary(Section):
     """Shares of requests, in order, before all; empty: all at once."""
     hold: Seconds = 60.0
     """Time at each step."""
+    abort: Abort = Abort()
+    """When it is broken off."""
 
     @model_validator(mode="after")
     def _rising(self) -> Canary:
         if list(self.steps) != sorted(set(self.steps)):
             raise ValueError("`steps` must rise, e.g. [0.05, 0.25, 0.5]")
         return self
+
+
+Fsync = Literal["none", "batch", "interval"]
 
 
 class Log(Section):
@@ -705,6 +728,12 @@ class Log(Section):
     """Rows after which the log moves into the store as Parquet."""
     rotate: Seconds = 2.0
     """Time after which it moves, if it holds anything."""
+    fsync: Fsync = "none"
+    """When the disk has to take what was written: `batch` before an answer is given, `interval`
+    every so often, `none` when the operating system sees fit. A process that is killed loses
+    nothing; a machine that loses power keeps what the disk has taken."""
+    fsync_interval: Annotated[Seconds, Field(gt=0)] = 1.0
+    """Time between two times, for `interval`."""
     images: bool = True
     """Keep each image as the model saw it. Without them, nothing can be learnt from the log."""
 
@@ -741,6 +770,9 @@ class Serve(Section):
     """Most records in one request."""
     max_body_bytes: int = Field(4 * 1024 * 1024, ge=1024)
     """Largest request body; beyond it 413. For images the default is 32 MiB (33554432)."""
+    timeout: Seconds = 10.0
+    """A request that waits longer for its answer gets 504. A client may ask for less by the header
+    `X-Request-Timeout`, in seconds."""
     poll: Seconds = 1.0
     """How often the rollout is read."""
     canary: Canary = Canary()

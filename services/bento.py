@@ -27,7 +27,9 @@ import bentoml
 import msgspec
 
 from driftmill import home
-from driftmill.serving.server import Mount, Response, Server
+from driftmill.serving.codec import JSON
+from driftmill.serving.mount import Mount
+from driftmill.serving.server import Request, Response, Server
 
 #: Addresses that only this machine reaches.
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -57,6 +59,12 @@ def server() -> Server:
 def mount(of: Any) -> None:
     """Put the server's handler before the routes of a service."""
     of.add_asgi_middleware(Mount, make=server)
+
+
+async def predict(body: bytes, kind: str = JSON) -> dict[str, Any]:
+    """The answer to a body of `POST /predict`."""
+    response, _ = await server().predict(Request(body, server().new_id(), kind=kind))
+    return content(response)
 
 
 def content(response: Response) -> dict[str, Any]:

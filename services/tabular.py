@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from services.bento import api, content, main, mount, server, service
+from services.bento import api, content, main, mount, predict, server, service
 
 
 @service(name="driftmill-tabular")
@@ -23,8 +23,7 @@ class Service:
     @api(route="/predict")  # type: ignore[untyped-decorator]
     async def predict(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """Predict one record or many."""
-        response, _ = await server().predict(msgspec.json.encode({"records": records}))
-        return content(response)
+        return await predict(msgspec.json.encode({"records": records}))
 
     @api(route="/feedback")  # type: ignore[untyped-decorator]
     async def feedback(self, labels: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from services.bento import api, content, main, mount, server, service
+from services.bento import api, content, main, mount, predict, server, service
 
 
 @service(name="driftmill-vision")
@@ -24,15 +24,12 @@ class Service:
     @api(route="/predict")  # type: ignore[untyped-decorator]
     async def predict(self, records: list[dict[str, Any]]) -> dict[str, Any]:
         """Predict images, as base64: `{"image": ...}`."""
-        response, _ = await server().predict(msgspec.json.encode({"records": records}))
-        return content(response)
+        return await predict(msgspec.json.encode({"records": records}))
 
     @api(route="/predict")  # type: ignore[untyped-decorator]
     async def predict_file(self, image: Path) -> dict[str, Any]:
         """Predict one image file."""
-        kind = "application/octet-stream"
-        response, _ = await server().predict(image.read_bytes(), kind=kind)
-        return content(response)
+        return await predict(image.read_bytes(), "application/octet-stream")
 
     @api(route="/feedback")  # type: ignore[untyped-decorator]
     async def feedback(self, labels: list[dict[str, Any]]) -> dict[str, Any]:

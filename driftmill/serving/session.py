@@ -31,6 +31,7 @@ class Session:
         self._session = onnxruntime.InferenceSession(
             str(model), options, providers=["CPUExecutionProvider"]
         )
+        self._run_options = onnxruntime.RunOptions()
         self.inputs = {i.name: i.type for i in self._session.get_inputs()}
         outputs = [o.name for o in self._session.get_outputs()]
         self.output = outputs[0]
@@ -57,7 +58,8 @@ class Session:
         Returns:
             float32: (rows, labels) probabilities, or (rows,) predictions.
         """
-        result: np.ndarray = self._session.run([self.output], self._feed(arrays))[0]
+        feed = self._feed(arrays)
+        result: np.ndarray = self._session.run([self.output], feed, self._run_options)[0]
         return result if self.output == "probabilities" else result.reshape(len(result))
 
     def embed(self, *arrays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,8 +68,13 @@ class Session:
         Returns:
             (rows, labels) probabilities and (rows, width) embeddings, float32.
         """
-        answer, embedding = self._session.run([self.output, "embedding"], self._feed(arrays))
+        feed, both = self._feed(arrays), [self.output, "embedding"]
+        answer, embedding = self._session.run(both, feed, self._run_options)
         return answer, embedding
+
+    def stop(self) -> None:
+        """End what runs just now, in any thread, at its next operator; all later runs fail, too."""
+        self._run_options.terminate = True
 
     def _feed(self, arrays: tuple[np.ndarray, ...]) -> dict[str, np.ndarray]:
         named = zip(self.names, arrays, strict=True)

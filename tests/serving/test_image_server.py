@@ -25,9 +25,11 @@ from hypothesis import strategies as st
 from driftmill import bundle, contract, rollout
 from driftmill.bundle import Manifest
 from driftmill.features import EMBEDDING, IMAGE
+from driftmill.serving.batches import WAITING_ROWS
 from driftmill.serving.image_codec import BATCH_NUMBERS, ImageCodec
 from driftmill.serving.log import labelled, read, segments
-from driftmill.serving.server import WAITING_ROWS, Model, Server, Serving, share
+from driftmill.serving.server import Server
+from driftmill.serving.versions import Model, Serving, share
 from driftmill.store import Store
 from driftmill.vision import images
 from tests.conftest import CONTRACT
@@ -80,8 +82,8 @@ async def error(client: httpx.AsyncClient, **request: Any) -> tuple[int, str, st
 
 
 def serving(server: Server) -> Serving:
-    assert server.serving is not None
-    return server.serving
+    assert server.versions.serving is not None
+    return server.versions.serving
 
 
 def logged(store: Store, **options: Any) -> Any:
@@ -328,7 +330,7 @@ def test_while_a_batch_runs_the_service_answers_and_the_next_batch_gathers(
                 )
                 for level in levels[1:]
             ]
-            await until(lambda: len(server._waiting) == len(others))
+            await until(lambda: len(serving(server).champion.waiting) == len(others))
             assert (await client.get("/livez")).status_code == 200
             assert (await client.get("/metrics")).status_code == 200
             let_go.set()
@@ -336,7 +338,7 @@ def test_while_a_batch_runs_the_service_answers_and_the_next_batch_gathers(
             scores = [a.json()["predictions"][0]["score"] for a in answers]
             assert scores == sorted(scores)  # each got its own answer
             assert batches == [1, len(others)]
-            assert server._waiting_rows == 0
+            assert server.batches.rows == 0
 
     go(check())
     assert len(logged(store)) == 30
@@ -355,7 +357,7 @@ def test_too_many_waiting_images_are_turned_away(
             content = picture(200, (100, 100), "jpeg")
             most = WAITING_ROWS
             sent = [asyncio.create_task(predict(client, content)) for _ in range(most + 9)]
-            await until(lambda: len(server._waiting) == most)
+            await until(lambda: len(serving(server).champion.waiting) == most)
             await until(lambda: sum(task.done() for task in sent) == 9)
             refused = [task.result() for task in sent if task.done()]
             assert {(r.status_code, r.headers["retry-after"]) for r in refused} == {(503, "1")}
@@ -364,7 +366,7 @@ def test_too_many_waiting_images_are_turned_away(
             assert sum(a.status_code == 200 for a in answers) == 1 + most
             assert max(batches) == 4
             assert metric(server, "model_overload_total") == 9
-            assert server._waiting_rows == 0
+            assert server.batches.rows == 0
 
     go(check())
 
@@ -412,7 +414,7 @@ def test_nobody_works_for_a_client_that_has_gone(
             headers = [(b"content-type", b"image/png")]
             scope = {"type": "http", "method": "POST", "path": "/predict", "headers": headers}
             gone = asyncio.create_task(server(scope, receive, send))
-            await until(lambda: len(server._waiting) == 1)
+            await until(lambda: len(serving(server).champion.waiting) == 1)
             left.set()
             await gone
             assert sent[0]["status"] == 499
@@ -420,7 +422,7 @@ def test_nobody_works_for_a_client_that_has_gone(
             assert (await first).status_code == 200
             assert (await predict(client, picture())).status_code == 200
             assert batches == [1, 1]
-            assert server._waiting_rows == 0
+            assert server.batches.rows == 0
 
     go(check())
     assert len(logged(store)) == 2
@@ -437,7 +439,7 @@ def test_stopping_answers_what_waits(
             first = asyncio.create_task(predict(client, picture()))
             await until(lambda: batches == [1])
             second = asyncio.create_task(predict(client, picture()))
-            await until(lambda: len(server._waiting) == 1)
+            await until(lambda: len(serving(server).champion.waiting) == 1)
             stopping = asyncio.create_task(server.stop())
             await asyncio.sleep(0.05)
             assert not stopping.done()
@@ -492,7 +494,7 @@ def test_a_challenger_that_answers_nan_is_rolled_back(
             await until(lambda: len(rollout.history(store, "shades")) == 2)
             failures = metric(server, "model_challenger_failures_total", version=new.version)
             assert failures >= 1
-            assert server._waiting_rows == 0
+            assert server.batches.rows == 0
 
     go(check())
     assert "NaN" in rollout.history(store, "shades")[-1].reason

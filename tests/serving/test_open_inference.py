@@ -178,7 +178,7 @@ def test_metadata_and_health(
             assert (await client.get("/v2/health/ready")).status_code == 503
             assert (await client.get("/v2/models/tiny")).status_code == 503
             promote(store, manifest)
-            await until(lambda: server.serving is not None)
+            await until(lambda: server.versions.serving is not None)
             assert (await client.get("/v2/")).json()["name"] == "driftmill"
             assert (await client.get("/v2/health/ready")).status_code == 200
             about = (await client.get("/v2/models/tiny")).json()

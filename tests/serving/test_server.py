@@ -21,7 +21,9 @@ from driftmill.bundle import Manifest
 from driftmill.contract import Contract
 from driftmill.serving import server as server_module
 from driftmill.serving.log import labelled, read, segments
-from driftmill.serving.server import MAX_REQUESTS, Mount, Receive, Scope, Send, Server, share
+from driftmill.serving.mount import Mount
+from driftmill.serving.server import MAX_REQUESTS, Receive, Scope, Send, Server
+from driftmill.serving.versions import share
 from driftmill.store import Store
 
 RECORD = {"amount": 700.0, "age": 41, "channel": "web"}
@@ -58,7 +60,7 @@ async def running(
     await server.start()
     try:
         if loaded:
-            await until(lambda: server.serving is not None)
+            await until(lambda: server.versions.serving is not None)
         async with httpx.AsyncClient(
             transport=httpx.ASGITransport(app, raise_app_exceptions=True), base_url="http://test"
         ) as client:
@@ -135,7 +137,7 @@ def test_before_a_version_is_loaded_everything_says_so(
             assert (await client.get("/model")).json()["version"] is None
             assert (await client.get("/docs.json")).status_code == 200
             promote(store, make_bundle(of=quick))
-            await until(lambda: server.serving is not None)
+            await until(lambda: server.versions.serving is not None)
             assert (await client.get("/readyz")).status_code == 200
             assert (await predict(client)).status_code == 200
             server.draining = True
@@ -304,7 +306,7 @@ def test_swaps_under_load_fail_no_request(
                 version = versions[i % 2]
                 await asyncio.to_thread(promote, store, version)
                 await until(
-                    lambda v=version: server.serving.champion.version == v.version  # type: ignore
+                    lambda v=version: server.versions.serving.champion.version == v.version  # type: ignore
                 )
             done = True
             await asyncio.gather(*clients)
@@ -326,7 +328,7 @@ def test_a_tampered_version_is_refused_and_the_old_one_goes_on(
     async def check() -> None:
         async with running(store, tmp_path) as (server, client):
             promote(store, bad)
-            await until(lambda: bool(server.refused))
+            await until(lambda: bool(server.versions.refused))
             answer = (await client.get("/model")).json()
             assert answer["version"] == good.version
             assert answer["refused"][0]["version"] == bad.version
@@ -338,8 +340,8 @@ def test_a_tampered_version_is_refused_and_the_old_one_goes_on(
             assert metric(server, "model_load_failures_total", version=bad.version) == failures
             # Mended, it is served without anyone telling the service.
             store.write(path, content)
-            server._load_again = 0.0
-            await until(lambda: server.serving.champion.version == bad.version)  # type: ignore
+            server.versions._load_again = 0.0
+            await until(lambda: server.versions.serving.champion.version == bad.version)  # type: ignore
             assert (await client.get("/model")).json()["refused"] == []
 
     go(check())
@@ -429,7 +431,7 @@ def test_a_challenger_that_answers_nan_is_rolled_back(
                 assert response.json()["version"] == old.version
                 assert response.json()["predictions"][0]["prediction"] == "yes"
             await until(lambda: len(rollout.history(store, "tiny")) == 2)
-            await until(lambda: server.serving.rollout.revision == 2)  # type: ignore[union-attr]
+            await until(lambda: server.versions.serving.rollout.revision == 2)  # type: ignore[union-attr]
             assert metric(server, "model_challenger_failures_total", version=new.version) >= 1
 
     go(check())
@@ -446,12 +448,12 @@ def test_a_rollback_that_another_was_faster_with_is_left_alone(
 
     async def check() -> None:
         async with running(store, tmp_path) as (server, client):
-            before = server.serving
+            before = server.versions.serving
             assert before is not None
             promote(store, old)  # somebody takes the challenger back
-            server._roll_back(before, "failed")
+            server.versions.roll_back(before, "failed")
             assert (await predict(client, RECORD | {"amount": 900})).status_code == 200
-            await until(lambda: server._rollback is None)
+            await until(lambda: server.versions._rollback is None)
             assert len(rollout.history(store, "tiny")) == 2
 
     go(check())
@@ -564,9 +566,9 @@ def test_a_dead_background_task_asks_for_a_restart(
     async def check() -> None:
         async with running(store, tmp_path) as (server, client):
             assert (await client.get("/livez")).status_code == 200
-            assert server._poller is not None
-            server._poller.cancel()
-            await asyncio.wait([server._poller])
+            assert server.versions._poller is not None
+            server.versions._poller.cancel()
+            await asyncio.wait([server.versions._poller])
             assert (await client.get("/livez")).status_code == 503
             assert (await predict(client)).status_code == 200
 
@@ -604,7 +606,7 @@ def test_series_of_old_versions_are_forgotten(
             for manifest in versions:
                 promote(store, manifest)
                 await until(
-                    lambda v=manifest: server.serving.champion.version == v.version  # type: ignore
+                    lambda v=manifest: server.versions.serving.champion.version == v.version  # type: ignore
                 )
                 await predict(client)
             text = (await client.get("/metrics")).text
@@ -690,7 +692,8 @@ def test_copies_from_a_remote_store_do_not_pile_up(
                 promote(remote, manifest)
                 await until(
                     lambda wanted=manifest.version: (  # type: ignore[misc]
-                        server.serving is not None and server.serving.champion.version == wanted
+                        server.versions.serving is not None
+                        and server.versions.serving.champion.version == wanted
                     )
                 )
                 assert [p for p in (tmp_path / "cache").rglob("*") if p.is_file()] == []
