@@ -143,7 +143,7 @@ def test_the_serving_path_needs_neither_torch_nor_pandas_nor_scikit_learn(
     # Not only the import: a version is loaded, and an image answered and logged.
     code = (
         "import asyncio, sys\n"
-        "from services.bento import server\n"
+        "from services.bento import Request, server\n"
         "import services.vision\n"
         "async def check():\n"
         "    serving = server()\n"
