@@ -112,8 +112,9 @@ def main(of: Any, module: str, description: str, arguments: list[str] | None = N
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     app = of.to_asgi()
-    # BentoML puts its tracing before ours; nothing of it is of use to these requests.
-    app.user_middleware.sort(key=lambda layer: layer.cls is not Mount)
+    # First of all, before BentoML's layers: nothing of them is of use to these requests.
+    app.user_middleware = [layer for layer in app.user_middleware if layer.cls is not Mount]
+    app = Mount(app, server)
     config = uvicorn.Config(
         app,
         host=given.host,

@@ -247,14 +247,15 @@ class Batches:
                 _release(waiting, RequestError(500, "failed", "The service made a mistake"))
             raise
         start = 0
+        scores: dict[Role, list[float | None]] = {}
         for waiting in group:
             stop = start + len(waiting.records)
-            body = encode_answers(self.model, model.version, answers[start:stop])
-            _release(waiting, (model, body))
-            self._metrics.predictions(
-                model.version, waiting.role, [a.score for a in answers[start:stop]]
-            )
+            own = answers[start:stop]
+            _release(waiting, (model, encode_answers(self.model, model.version, own)))
+            scores.setdefault(waiting.role, []).extend([a.score for a in own])
             start = stop
+        for role, values in scores.items():
+            self._metrics.predictions(model.version, role, values)
         serving = self._versions.serving
         if serving is not None and serving.challenger is not None:
             self._watch(serving, model, group, answers)

@@ -3,7 +3,7 @@
 One process, one event loop. A request is read and checked here, waits for its batch (`batches`) of
 the version that serves (`versions`), and is answered. Images are decoded in threads, unless tiny.
 
-Routes: `POST /predict`, `POST /feedback`, `GET /model`, `/livez`, `/readyz`, `/metrics`,
+Routes: `POST /predict`, `POST /explain`, `POST /feedback`, `GET /model`, `/livez`, `/readyz`, `/metrics`,
 `/docs.json`, and the Open Inference Protocol below `/v2`. All other paths go to the application
 that the handler is wrapped around.
 """
@@ -28,6 +28,7 @@ from driftmill.home import cores
 from driftmill.serving import open_inference
 from driftmill.serving.batches import RETRY, Batches, Waiting, too_late
 from driftmill.serving.codec import JSON, RequestError, is_json
+from driftmill.serving.explain import Explainer
 from driftmill.serving.log import Label, Log, now_us
 from driftmill.serving.metrics import CONTENT_TYPE, Metrics
 from driftmill.serving.openapi import openapi
@@ -51,6 +52,7 @@ _DECODERS = min(4, cores())
 _METHODS = {
     "/predict": ("POST",),
     "/feedback": ("POST",),
+    "/explain": ("POST",),
     "/model": ("GET", "HEAD"),
     "/livez": ("GET", "HEAD"),
     "/readyz": ("GET", "HEAD"),
@@ -106,6 +108,7 @@ class Server:
         self.metrics = Metrics(model, self.log)
         self.versions = Versions(store, model, cache, self.metrics, self._set_up)
         self.batches = Batches(model, self.versions, self.log, self.metrics, self.new_id)
+        self.explainer = Explainer(store, model)
         self.draining = False
         self._id_prefix = secrets.token_hex(8)
         self._id_count = 0
@@ -139,6 +142,7 @@ class Server:
         self.draining = True
         await self.versions.stop()
         await self.batches.stop()
+        await asyncio.to_thread(self.explainer.stop)
         await asyncio.to_thread(self._decoders.shutdown)
         await asyncio.to_thread(self.log.close)
 
@@ -182,6 +186,12 @@ class Server:
                 request = await self._receive(scope, receive)
                 request_id = request.id
                 response = self.feedback(request.body)
+            elif path == "/explain":
+                request = await self._receive(scope, receive)
+                request_id = request.id
+                wait = _most(self._serving().champion.settings.timeout, request.patience)
+                explaining = self.explain(request)
+                response, version = await _while_connected(explaining, receive, wait)
             else:
                 response = self._get_v2(path) if is_v2 else self._get(path)
         except RequestError as error:
@@ -197,6 +207,8 @@ class Server:
         if asks:
             self.metrics.request(version, response.status)
             self.metrics.seconds.observe(time.perf_counter() - started)
+        elif path == "/explain":
+            self.metrics.explained(response.status, time.perf_counter() - started)
         await send(
             {
                 "type": "http.response.start",
@@ -251,6 +263,17 @@ class Server:
         self.metrics.feedback.inc(len(rows))
         return Response(200, b'{"accepted":%d}' % len(rows))
 
+    async def explain(self, request: Request) -> tuple[Response, str]:
+        """The answer to a request of `POST /explain`, and the version that it is about: the one
+        that answers a prediction with the same id or key. Raises RequestError."""
+        serving = self._serving()
+        model = serving.champion
+        if serving.role(request.key or request.id) == "challenger":
+            assert serving.challenger is not None
+            model = serving.challenger
+        body = await self.explainer.explain(model, request.body, request.kind)
+        return Response(200, body, [_JSON, model.header]), model.version
+
     async def _infer(self, path: str, request: Request) -> tuple[Response, str]:
         """The answer to an inference request of the Open Inference Protocol, and who gave it."""
         _, named, _ = self._named(path)
@@ -304,7 +327,7 @@ class Server:
         kind = headers.get(b"content-type", _JSON[1]).decode("latin-1")
         encoding = headers.get(b"content-encoding", b"identity")
         champion = self._serving().champion
-        if scope["path"] == "/predict":
+        if scope["path"] in ("/predict", "/explain"):
             champion.codec.check_kind(kind)
         elif not is_json(kind):
             raise RequestError(415, "unsupported_media_type", f"Send Content-Type: {JSON}")
@@ -319,12 +342,12 @@ class Server:
                 headers=(RETRY, _CLOSE),
             )
         limit = champion.settings.max_body_bytes
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > limit:
-            raise _too_large(limit)
         message = await receive()
         body: bytes = message.get("body", b"")
         if message.get("more_body"):
+            length = headers.get(b"content-length", b"")
+            if length.isdigit() and int(length[:20]) > limit:
+                raise _too_large(limit)
             try:
                 async with asyncio.timeout(BODY_TIMEOUT):
                     body = await _rest(receive, body, limit)
