@@ -6,7 +6,8 @@ One file without dependencies, so that it also runs inside a pod of the service 
     kubectl exec -i POD -- python3 - http://SERVICE:3000 --until /tmp/stop < benchmarks/load.py
 
 It prints one JSON object: requests sent and answered with 200, failures by kind, answers by
-version, latency in milliseconds, requests a second. Exit code 1 where a request failed.
+version, latency in milliseconds, requests a second. Exit code 1 where a request failed. With
+`--expect` an answer whose score is not that of the version it names has failed, too.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from urllib.parse import urlsplit
 
 #: Seconds after which a request has failed.
 TIMEOUT = 10.0
+#: Scores that differ by no more than this are the same.
+TOLERANCE = 1e-6
 
 
 @dataclass
@@ -37,6 +40,21 @@ class Count:
     versions: Counter[str] = field(default_factory=Counter)
     seconds: list[float] = field(default_factory=list)
     connections: int = 0
+    expected: dict[str, float] = field(default_factory=dict)
+    """Score of the first record, by version; empty: not looked at."""
+
+    def answered(self, body: bytes) -> None:
+        """Count an answer with status 200."""
+        answer = json.loads(body)
+        version = answer["version"]
+        if self.expected:
+            wanted, score = self.expected.get(version), answer["predictions"][0]["score"]
+            # Batches of other sizes add up in another order.
+            if wanted is None or abs(score - wanted) > TOLERANCE:
+                self.failed[f"not the answer of {version}"] += 1
+                return
+        self.ok += 1
+        self.versions[version] += 1
 
     def report(self, took: float) -> dict[str, Any]:
         """As plain values."""
@@ -81,8 +99,7 @@ async def client(address: tuple[str, int], request: bytes, count: Count, go_on: 
                 count.seconds.append(time.perf_counter() - began)
                 status = head[9:12].decode()
                 if status == "200":
-                    count.ok += 1
-                    count.versions[json.loads(body)["version"]] += 1
+                    count.answered(body)
                 else:
                     count.failed[f"status {status}"] += 1
                 if b"\r\nconnection: close" in head.lower():
@@ -102,7 +119,12 @@ def _length(head: bytes) -> int:
 
 
 async def drive(
-    url: str, body: bytes, requests: int, connections: int, until: Path | None
+    url: str,
+    body: bytes,
+    requests: int,
+    connections: int,
+    until: Path | None,
+    expected: dict[str, float],
 ) -> dict[str, Any]:
     """Send at least so many requests and, where `until` names a file, until it is there."""
     parts = urlsplit(url)
@@ -111,7 +133,7 @@ async def drive(
         f"POST {parts.path.rstrip('/')}/predict HTTP/1.1\r\nhost: {host}\r\n"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     ).encode() + body
-    count = Count()
+    count = Count(expected=expected)
     stop = False
 
     def go_on() -> bool:
@@ -146,6 +168,9 @@ def main() -> int:
     parser.add_argument("--connections", type=int, default=8, metavar="N", help="clients (8)")
     parser.add_argument("--until", type=Path, metavar="FILE", help="go on until this file is there")
     parser.add_argument("--records", type=int, default=1, metavar="N", help="in a request (1)")
+    parser.add_argument(
+        "--expect", type=json.loads, default={}, metavar="JSON", help="score of each version"
+    )
     options = parser.parse_args()
     try:
         import uvloop
@@ -156,7 +181,14 @@ def main() -> int:
     body = json.dumps({"records": [record(options.url)] * options.records}).encode()
     with asyncio.Runner(loop_factory=loop) as runner:
         found = runner.run(
-            drive(options.url, body, options.requests, options.connections, options.until)
+            drive(
+                options.url,
+                body,
+                options.requests,
+                options.connections,
+                options.until,
+                options.expect,
+            )
         )
     print(json.dumps(found))
     return 1 if found["failed"] else 0

@@ -116,9 +116,9 @@ def bundles(store: Path) -> list[str]:
 
 
 class Laptop:
-    """Two services behind a switch on this machine."""
+    """Services behind a switch on this machine."""
 
-    def __init__(self, folder: Path, drain: float) -> None:
+    def __init__(self, folder: Path, drain: float, services: int = 2) -> None:
         from driftmill.store import Store
 
         self.folder = folder
@@ -128,7 +128,7 @@ class Laptop:
         self.promote(self.old)
         self.switch = Switch()
         self.running: list[tuple[subprocess.Popen[bytes], int]] = []
-        for _ in range(2):
+        for _ in range(services):
             self.running.append(self._start())
             self.switch.to.append(self.running[-1][1])
 

@@ -183,22 +183,72 @@ def logistic_onnx(path: Path, slope: float = 0.02, centre: float = 500.0) -> Pat
     return path
 
 
+def hanging_onnx(path: Path, hangs_above: float = 850.0) -> Path:
+    """The logistic model, which counts to 2**40 first where an amount lies above a limit."""
+    model = onnx.load(logistic_onnx(path))
+    scalar: list[int] = []
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["cond_in"], ["cond_out"]),
+            helper.make_node("Add", ["v_in", "one"], ["v_out"]),
+        ],
+        "count",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, scalar),
+            helper.make_tensor_value_info("cond_in", TensorProto.BOOL, scalar),
+            helper.make_tensor_value_info("v_in", TensorProto.FLOAT, scalar),
+        ],
+        [
+            helper.make_tensor_value_info("cond_out", TensorProto.BOOL, scalar),
+            helper.make_tensor_value_info("v_out", TensorProto.FLOAT, scalar),
+        ],
+    )
+    graph = model.graph
+    graph.initializer.extend(
+        [
+            helper.make_tensor("limit", TensorProto.FLOAT, scalar, [hangs_above]),
+            helper.make_tensor("many", TensorProto.INT64, scalar, [2**40]),
+            helper.make_tensor("once", TensorProto.INT64, scalar, [1]),
+            helper.make_tensor("true", TensorProto.BOOL, scalar, [True]),
+            helper.make_tensor("one", TensorProto.FLOAT, scalar, [1.0]),
+        ]
+    )
+    graph.node[-1].output[0] = "plain"
+    graph.node.extend(
+        [
+            helper.make_node("ReduceMax", ["filled"], ["largest"], keepdims=0),
+            helper.make_node("Greater", ["largest", "limit"], ["hangs"]),
+            helper.make_node("Where", ["hangs", "many", "once"], ["turns"]),
+            helper.make_node("Loop", ["turns", "true", "zero"], ["counted"], body=body),
+            helper.make_node("Mul", ["counted", "zero"], ["nothing"]),
+            helper.make_node("Add", ["plain", "nothing"], ["probabilities"]),
+        ]
+    )
+    onnx.save(model, path)
+    return path
+
+
 @pytest.fixture
 def make_bundle(
     tiny: contract.Contract, store: Store, tmp_path: Path
 ) -> Callable[..., bundle.Manifest]:
-    """Make a bundle of the `tiny` contract and put it into the store; each slope is a version."""
+    """Make a bundle of the `tiny` contract and put it into the store; each slope is a version, and
+    one that hangs is another."""
 
     def make(
-        slope: float = 0.02, of: contract.Contract = tiny, rows: int = 1000
+        slope: float = 0.02,
+        of: contract.Contract = tiny,
+        rows: int = 1000,
+        hangs: bool = False,
     ) -> bundle.Manifest:
         frame = tiny_frame(rows)
-        folder = tmp_path / f"bundle-{slope}"
+        model = tmp_path / f"model-{slope}-{hangs}.onnx"
+        folder = tmp_path / f"bundle-{slope}-{hangs}"
         manifest = bundle.write(
             folder,
             contract=of,
             signature=features.signature(of, frame),
-            model=logistic_onnx(tmp_path / f"model-{slope}.onnx", slope),
+            model=hanging_onnx(model) if hangs else logistic_onnx(model, slope),
             reference=frame,
             examples=frame.head(5),
             family="linear",

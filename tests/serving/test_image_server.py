@@ -310,6 +310,27 @@ def slowly(model: Model, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Eve
     return let_go, batches
 
 
+def test_a_deadline_ends_the_wait_for_a_slow_model(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    promote(store, put_bundle(store, tmp_path))
+
+    async def check() -> None:
+        async with running(store, tmp_path) as (server, client):
+            let_go, batches = slowly(serving(server).champion, monkeypatch)
+            first = asyncio.create_task(predict(client, picture()))
+            await until(lambda: batches == [1])
+            headers = {"content-type": "image/png", "x-request-timeout": "0.05"}
+            late = await client.post("/predict", content=picture(), headers=headers)
+            assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+            let_go.set()
+            assert (await first).status_code == 200
+            await until(lambda: server.batches.rows == 0)
+            assert batches == [1]  # nobody waits for the other any more
+
+    go(check())
+
+
 def test_while_a_batch_runs_the_service_answers_and_the_next_batch_gathers(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

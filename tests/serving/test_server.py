@@ -56,7 +56,7 @@ async def running(
     store: Store, folder: Path, loaded: bool = True, model: str = "tiny"
 ) -> AsyncIterator[tuple[Server, httpx.AsyncClient]]:
     server = Server(store, model, folder / "spool")
-    app: Any = Mount(not_found, lambda: server)
+    app: Any = Mount(not_found, lambda: [server])
     await server.start()
     try:
         if loaded:
@@ -262,6 +262,25 @@ def test_too_many_requests_are_turned_away(
             assert (await predict(client)).status_code == 200
 
     go(check())
+
+
+def test_who_waits_too_long_gets_a_504(
+    store: Store, make_bundle: MakeBundle, quick: Contract, tmp_path: Path
+) -> None:
+    promote(store, make_bundle(of=quick))
+
+    async def check() -> None:
+        async with running(store, tmp_path) as (server, client):
+            for seconds, status in (("1e-9", 504), ("30", 200), ("0", 400), ("soon", 400)):
+                asked = await client.post(
+                    "/predict", json={"records": [RECORD]}, headers={"x-request-timeout": seconds}
+                )
+                assert asked.status_code == status
+            assert asked.json()["error"]["code"] == "invalid_request_timeout"
+            assert server.batches.rows == 0
+
+    go(check())
+    assert len(read(store, segments(store, "tiny", "predictions"))) == 1
 
 
 def test_requests_that_wait_together_are_one_batch(
