@@ -242,8 +242,9 @@ def make_bundle(
         hangs: bool = False,
     ) -> bundle.Manifest:
         frame = tiny_frame(rows)
-        model = tmp_path / f"model-{slope}-{hangs}.onnx"
-        folder = tmp_path / f"bundle-{slope}-{hangs}"
+        name = "hangs" if hangs else str(slope)
+        model = tmp_path / f"model-{name}.onnx"
+        folder = tmp_path / f"bundle-{name}"
         manifest = bundle.write(
             folder,
             contract=of,

@@ -7,6 +7,11 @@ removes them. The key follows from the spool file's name, so that a crash betwee
 the same segment again and nothing twice. A writer holds a lock (`flock`) on its open file: a
 spool file without a lock is closed, or its writer is dead, and any process may move it.
 
+What survives a loss of power follows from `fsync`: `none` leaves it to the operating system when
+the disk takes what was written; `batch` has the disk take it before `append` returns; `interval`
+has another thread do so every so often. Under the latter two a spool file is removed only after
+the disk has its segment.
+
 The rows of a model of images also hold `_image`, the pixels that the model saw as PNG (null where
 the contract keeps none, and of a shadow), and `_embedding`, float16 little-endian: base64 in the
 spool, bytes in Parquet. They are most of a segment: readers may leave them out (`without`).
@@ -18,7 +23,6 @@ from __future__ import annotations
 
 import base64
 import fcntl
-import io
 import logging
 import os
 import secrets
@@ -32,10 +36,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.json
 import pyarrow.parquet
 
-from driftmill.contract import Task
+from driftmill import contract
+from driftmill.contract import Fsync, Task
 from driftmill.features import EMBEDDING, ID, IMAGE, TIME, Signature
 from driftmill.store import Store
 
@@ -130,65 +136,117 @@ class Log:
         model: whose log it is.
         rotate_rows: rows after which a spool file is closed.
         rotate: seconds after which one that holds rows is closed.
+        fsync: when the disk has to take what was written.
+        fsync_interval: seconds between two times, for `interval`.
     """
 
     def __init__(
-        self, spool: Path, store: Store, model: str, rotate_rows: int = 20_000, rotate: float = 2.0
+        self,
+        spool: Path,
+        store: Store,
+        model: str,
+        rotate_rows: int = 20_000,
+        rotate: float = 2.0,
+        fsync: Fsync = "none",
+        fsync_interval: float = 1.0,
     ) -> None:
         self.folder = spool / model
         self.store = store
         self.model = model
         self.rotate_rows = rotate_rows
         self.rotate = rotate
+        self.fsync: Fsync = fsync
+        self.fsync_interval = fsync_interval
         #: Spool files that wait, as of the last sweep.
         self.backlog = 0
         #: Why the last sweep left something behind, if it did.
         self.error: str | None = None
         self.ship_failures = 0
+        #: Times that the disk failed under `interval`.
+        self.sync_failures = 0
         self._seq = 0
         self._files: dict[Schema, _SpoolFile] = {}
         # One for each schema: of one writer's files, one ends before the next begins.
         self._writers: dict[Schema, str] = {}
+        self._known: set[Path] = set()
+        # Under `interval`: full files that the disk has yet to take; closed by `_sync` alone.
+        self._full: list[_SpoolFile] = []
+        # The disk failed under `interval`: until it works again, `append` waits for it.
+        self._sync_failed = False
         self._lock = threading.Lock()
         self._wake = threading.Event()
+        self._sync_now = threading.Event()
         self._stop = False
-        self._thread = threading.Thread(target=self._ship, name="inference-log", daemon=True)
+        # A store that hangs must not keep the disk from being asked: two threads.
+        self._threads = [
+            threading.Thread(target=self._ship, name="inference-log", daemon=True),
+            threading.Thread(target=self._keep_synced, name="inference-log-sync", daemon=True),
+        ]
+
+    def configure(self, settings: contract.Log) -> None:
+        """Work by a contract's section from now on."""
+        changed = settings.fsync != self.fsync
+        self.rotate_rows = settings.rotate_rows
+        self.rotate = settings.rotate
+        self.fsync = settings.fsync
+        self.fsync_interval = settings.fsync_interval
+        if changed:  # a file keeps the policy that it was opened with
+            self._close_files(due_only=False)
+        self._sync_now.set()
 
     def start(self) -> None:
         """Move what dead writers left, and whatever is closed from now on."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the shipping thread runs."""
-        return self._thread.is_alive()
+        """Whether the log's threads run."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
         """Close the open files and move all there is into the store."""
         self._stop = True
         self._wake.set()
-        if self._thread.ident is not None:
-            self._thread.join()
+        self._sync_now.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
         self._close_files(due_only=False)
+        self._sync()
         self.sweep()
 
-    def append(self, schema: Schema, rows: Sequence[Prediction] | Sequence[Label]) -> None:
+    def append(
+        self,
+        schema: Schema,
+        rows: Sequence[Prediction] | Sequence[Label],
+        acknowledged: bool = True,
+    ) -> None:
         """Write rows with one system call.
 
+        Args:
+            schema: of the rows.
+            rows: at least one.
+            acknowledged: whether somebody will be told that they are kept; `batch` has the disk
+                take them only then.
+
         Raises:
-            OSError: nothing was written; the next call tries again.
+            OSError: they are not kept; the next call tries again.
         """
         content = _encoder.encode_lines(rows)
         with self._lock:
             file = self._files.get(schema)
             if file is None:
                 file = self._files[schema] = self._open(schema)
+            sync = acknowledged and (file.fsync == "batch" or self._sync_failed)
             try:
-                file.write(content, len(rows))
+                file.write(content, len(rows), sync)
             except OSError:
                 if file.broken:
                     self._drop(schema)
                 raise
+            if sync:
+                self._sync_failed = False
             if file.rows >= self.rotate_rows or file.size >= ROTATE_BYTES:
                 self._drop(schema)
                 self._wake.set()
@@ -198,7 +256,7 @@ class Log:
         waiting, error = 0, None
         for path in sorted(self.folder.glob("*/*.jsonl")):
             try:
-                _move(path, self.store)
+                _move(path, self.store, durably=self.fsync != "none")
             except (OSError, pa.ArrowException, msgspec.DecodeError) as problem:
                 waiting += 1
                 self.ship_failures += 1
@@ -217,6 +275,45 @@ class Log:
             self._wake.clear()
             self._close_files(due_only=True)
 
+    def _keep_synced(self) -> None:
+        while not self._stop:
+            self._sync_now.wait(self.fsync_interval)
+            self._sync_now.clear()
+            self._sync()
+
+    def _sync(self) -> None:
+        """Under `interval`, have the disk take what was written, while others write on."""
+        with self._lock:
+            full, self._full = self._full, []
+            # Of two threads that ask about one file, the disk tells only one that it failed.
+            files = [] if self._sync_failed else list(self._files.values())
+        for file in (*full, *files):
+            if file.fsync == "interval":
+                try:
+                    file.sync()
+                except OSError as error:
+                    self._not_synced(file, error)
+        for file in full:
+            file.close()
+        if full:
+            self._wake.set()
+
+    def _not_synced(self, file: _SpoolFile, error: OSError) -> None:
+        """Write to another file from now on: what became of this one's pages is not known, and to
+        ask the disk again proves nothing."""
+        if not self._sync_failed:
+            logger.error(
+                "the disk did not take the inference log's last rows; "
+                "they are lost if the machine stops before they are in the store: %s",
+                error,
+            )
+        with self._lock:
+            self._sync_failed = True
+            self.sync_failures += 1
+            for schema, open_file in list(self._files.items()):
+                if open_file is file:
+                    self._drop(schema)
+
     def _close_files(self, due_only: bool) -> None:
         with self._lock:
             due = time.monotonic() - self.rotate
@@ -225,7 +322,12 @@ class Log:
                     self._drop(schema)
 
     def _drop(self, schema: Schema) -> None:
-        self._files.pop(schema).close()
+        file = self._files.pop(schema)
+        if file.fsync == "interval":
+            self._full.append(file)
+            self._sync_now.set()
+        else:
+            file.close()
 
     def _open(self, schema: Schema) -> _SpoolFile:
         folder = self.folder / schema.kind
@@ -243,23 +345,34 @@ class Log:
                 os.close(fd)
                 continue
             if os.fstat(fd).st_nlink:
-                return _SpoolFile(fd, _encoder.encode(schema) + b"\n")
+                header = _encoder.encode(schema) + b"\n"
+                return _SpoolFile(fd, header, self.fsync, folder, self._known)
             os.close(fd)
 
 
 class _SpoolFile:
     """An open, locked spool file; the header goes out with the first rows."""
 
-    def __init__(self, fd: int, header: bytes) -> None:
+    def __init__(
+        self, fd: int, header: bytes, fsync: Fsync, folder: Path, known: set[Path]
+    ) -> None:
         self.fd = fd
         self.header = header
+        self.fsync = fsync
+        self.folder = folder
+        #: Folders that the disk knows by name.
+        self.known = known
+        #: The disk knows the file by name.
+        self.named = False
+        #: The disk may not have all that was written.
+        self.dirty = False
         self.size = 0
         self.rows = 0
         self.opened = time.monotonic()
-        #: It ends in half a batch that could not be taken back.
+        #: It ends in half a batch that could not be taken back, or the disk failed.
         self.broken = False
 
-    def write(self, content: bytes, rows: int) -> None:
+    def write(self, content: bytes, rows: int, sync: bool) -> None:
         if not self.size:
             content = self.header + content
             self.opened = time.monotonic()
@@ -267,6 +380,9 @@ class _SpoolFile:
             written = os.write(self.fd, content)
             if written < len(content):
                 raise OSError(28, "No space left on device: only part of the batch was written")
+            self.dirty = True
+            if sync:
+                self.sync()
         except OSError:
             try:
                 os.ftruncate(self.fd, self.size)
@@ -276,8 +392,39 @@ class _SpoolFile:
         self.size += written
         self.rows += rows
 
+    def sync(self) -> None:
+        """Have the disk take what was written so far. After an OSError, what it has is unknown."""
+        if not self.dirty:
+            return
+        self.dirty = False  # before, as others may write meanwhile
+        try:
+            os.fdatasync(self.fd)
+            if not self.named:
+                self._name()
+        except OSError:
+            self.broken = True
+            raise
+
+    def _name(self) -> None:
+        """Have the disk take the names of the file, of its folder, the model's and the spool's."""
+        for folder in (self.folder, *self.folder.parents[:2]):
+            if folder not in self.known:
+                _sync_folder(folder.parent)
+                self.known.add(folder)
+        _sync_folder(self.folder)
+        self.named = True
+
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the disk take the names in a folder."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def segment(path: Path) -> str:
@@ -287,8 +434,14 @@ def segment(path: Path) -> str:
     return f"{model}/log/{kind}/{day}/{rest}.parquet"
 
 
-def _move(path: Path, store: Store) -> None:
-    """Move one spool file, unless its writer lives or another process is at it."""
+def _move(path: Path, store: Store, durably: bool) -> None:
+    """Move one spool file, unless its writer lives or another process is at it.
+
+    Args:
+        path: of the file.
+        store: where to.
+        durably: have the disk take the segment before the file is removed.
+    """
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -303,23 +456,28 @@ def _move(path: Path, store: Store) -> None:
         content = file.read()
         table = _table(content)
         if table is not None:
-            buffer = io.BytesIO()
-            # Pixels and embeddings are all different: a dictionary of them is only work.
-            shared = [c.name for c in table.schema if c.type != pa.binary()]
-            pyarrow.parquet.write_table(
-                table, buffer, compression="zstd", use_dictionary=shared or False
-            )
-            store.write(segment(path), buffer.getvalue())
+            # Not in Python's memory: it would take the GIL for each of many small writes.
+            buffer = pa.BufferOutputStream()
+            # Numbers, pixels and embeddings are mostly different: a dictionary of them is work,
+            # and makes the segment larger.
+            texts = [c.name for c in table.schema if c.type == pa.string()]
+            pyarrow.parquet.write_table(table, buffer, compression="zstd", use_dictionary=texts)
+            key = segment(path)
+            store.write(key, buffer.getvalue().to_pybytes())
+            if durably and store.folder is not None:
+                for folder in list((store.folder / key).parents)[: key.count("/") + 1]:
+                    _sync_folder(folder)
         path.unlink()
 
 
 def _table(content: bytes) -> pa.Table | None:
     """The rows of a spool file; None where it has none. A torn last line was never acknowledged."""
-    content = content[: content.rfind(b"\n") + 1]
-    header, _, lines = content.partition(b"\n")
-    if not lines:
+    start, end = content.find(b"\n") + 1, content.rfind(b"\n") + 1
+    if start == end:
         return None
-    schema = msgspec.json.decode(header, type=Schema)
+    schema = msgspec.json.decode(content[:start], type=Schema)
+    # A view: to copy tens of megabytes holds up every other thread.
+    lines = pa.py_buffer(content).slice(start, end - start)
     answer = pa.float64() if schema.task == "regression" else pa.string()
     fields: list[tuple[str, pa.DataType]]
     if schema.kind == "labels":
@@ -344,7 +502,7 @@ def _table(content: bytes) -> pa.Table | None:
     # Arrow parses with the types given (an all-null column keeps its type) and without the GIL.
     table = pyarrow.json.read_json(
         pa.BufferReader(lines),
-        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=len(lines) + 1),
+        read_options=pyarrow.json.ReadOptions(use_threads=False, block_size=lines.size + 1),
         parse_options=pyarrow.json.ParseOptions(
             explicit_schema=pa.schema(fields), unexpected_field_behavior="error"
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -9,8 +10,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from driftmill import contract
+from driftmill.contract import Fsync
 from driftmill.features import Signature
 from driftmill.serving import log as log_module
 from driftmill.serving.log import (
@@ -44,6 +48,7 @@ SIGNATURE = Signature(
     labels=("no", "yes"),
 )
 PREDICTIONS, LABELS = Schema.predictions(SIGNATURE), Schema.labels(SIGNATURE)
+POLICIES: tuple[Fsync, ...] = ("none", "batch", "interval")
 
 
 def row(i: int, role: Role = "champion", at: int | None = None, **record: object) -> Prediction:
@@ -220,7 +225,7 @@ from pathlib import Path
 from driftmill.serving.log import Log
 from driftmill.store import Store
 from tests.serving.test_log import PREDICTIONS, row
-log = Log(Path(sys.argv[1]), Store(sys.argv[2]), "tiny", rotate_rows=50, rotate=0.1)
+log = Log(Path(sys.argv[1]), Store(sys.argv[2]), "tiny", 50, 0.1, sys.argv[3], 0.05)
 log.start()
 for i in range(1_000_000):
     log.append(PREDICTIONS, [row(2 * i), row(2 * i + 1)])
@@ -229,14 +234,16 @@ for i in range(1_000_000):
 
 
 @pytest.mark.slow
-def test_kill_9_loses_and_doubles_nothing(store: Store, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fsync", POLICIES)
+def test_kill_9_loses_and_doubles_nothing(store: Store, tmp_path: Path, fsync: Fsync) -> None:
     for _ in range(3):
         acknowledged = tmp_path / "acknowledged"
         with acknowledged.open("wb") as out:
             child = subprocess.Popen(
-                [sys.executable, "-c", WRITER, str(tmp_path / "spool"), store.uri], stdout=out
+                [sys.executable, "-c", WRITER, str(tmp_path / "spool"), store.uri, fsync],
+                stdout=out,
             )
-            wait_for(lambda: acknowledged.stat().st_size > 20_000, "some rows")  # noqa: B023
+            wait_for(lambda: acknowledged.stat().st_size > 6_000, "some rows")  # noqa: B023
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
         given = acknowledged.read_text().rpartition("\n")[0].split()
@@ -248,6 +255,236 @@ def test_kill_9_loses_and_doubles_nothing(store: Store, tmp_path: Path) -> None:
         assert spool_files(tmp_path / "spool") == []
         for key in segments(store, "tiny", "predictions"):
             store.delete(key)
+
+
+WRITERS = """
+import sys
+from pathlib import Path
+from driftmill.serving.log import Log
+from driftmill.store import Store
+from tests.serving.test_log import PREDICTIONS, row
+log = Log(Path(sys.argv[1]), Store(sys.argv[2]), "tiny", 20, 0.05, sys.argv[3], 0.05)
+log.start()
+print("ready", flush=True)
+first = int(input())
+for i in range(first, first + 1000, 2):
+    log.append(PREDICTIONS, [row(i), row(i + 1)])
+log.close()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_spool_lose_and_double_nothing(store: Store, tmp_path: Path) -> None:
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITERS, str(tmp_path / "spool"), store.uri, fsync],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for fsync in (*POLICIES, "none")
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == "ready\n"
+    for number, writer in enumerate(writers):
+        assert writer.stdin is not None
+        print(1000 * number, file=writer.stdin, flush=True)
+    # All append and move at the same time; so does a process that only moves.
+    while any(writer.poll() is None for writer in writers):
+        Log(tmp_path / "spool", store, "tiny").sweep()
+    assert [writer.communicate()[0] for writer in writers] == [""] * len(writers)
+    assert [writer.returncode for writer in writers] == [0] * len(writers)
+    assert sorted(ids(store)) == sorted(f"p{i}" for i in range(4000))
+    assert spool_files(tmp_path / "spool") == []
+
+
+def test_a_store_that_hangs_holds_up_nobody_who_writes(tmp_path: Path) -> None:
+    class Hanging(Store):
+        asked, answers = threading.Event(), threading.Event()
+
+        def write(self, key: str, content: bytes) -> None:
+            self.asked.set()
+            assert self.answers.wait(60)
+            super().write(key, content)
+
+    store = Hanging(tmp_path / "store")
+    log = Log(tmp_path / "spool", store, "tiny", rotate_rows=5, fsync="interval")
+    log.start()
+    for i in range(5):
+        log.append(PREDICTIONS, [row(i)])
+    assert store.asked.wait(60)
+    for i in range(5, 103):  # by now it moves nothing, and twenty files become full
+        log.append(PREDICTIONS, [row(i)])
+    # The disk is asked all the while: only the file that is not yet full still has a writer.
+    wait_for(lambda: unlocked(tmp_path / "spool") == 19, "full files, taken by the disk")
+    assert segments(store, "tiny", "predictions") == []
+    store.answers.set()
+    log.close()
+    assert sorted(ids(store)) == sorted(f"p{i}" for i in range(103))
+
+
+def unlocked(spool: Path) -> int:
+    """Spool files that any process may move."""
+    count = 0
+    for path in spool_files(spool):
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            count += 1
+    return count
+
+
+@contextmanager
+def disk(monkeypatch: pytest.MonkeyPatch, failing: Callable[[], bool]) -> Iterator[list[str]]:
+    """A disk that fails at will; the threads that asked it to take a file, and files by number."""
+    asked: list[str] = []
+    sync = os.fdatasync
+
+    def fdatasync(fd: int) -> None:
+        asked.append(threading.current_thread().name)
+        if failing():
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fdatasync)
+        yield asked
+
+
+def test_the_policy_says_who_waits_for_the_disk(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    me = threading.current_thread().name
+    with disk(monkeypatch, lambda: False) as asked:
+        log = Log(tmp_path / "spool", store, "tiny", rotate=3600)
+        log.start()
+        log.append(PREDICTIONS, [row(1)])
+        assert asked == []
+        log.configure(contract.Log(fsync="batch"))
+        log.append(PREDICTIONS, [row(2)])
+        assert asked == [me]
+        log.append(PREDICTIONS, [row(3, role="shadow")], acknowledged=False)
+        assert asked == [me]
+        log.configure(contract.Log(fsync="interval", fsync_interval=0.02))
+        log.append(PREDICTIONS, [row(4)])
+        wait_for(lambda: "inference-log-sync" in asked, "the disk is asked")
+        assert asked.count(me) == 1
+        log.close()
+    assert sorted(ids(store)) == ["p1", "p2", "p3", "p4"]
+
+
+def test_after_the_disk_has_failed_its_word_for_that_file_is_not_taken(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = False
+    with disk(monkeypatch, lambda: fails):
+        log = Log(tmp_path / "spool", store, "tiny", fsync="batch")
+        log.append(PREDICTIONS, [row(1)])
+        fails = True
+        for i in (2, 3):
+            with pytest.raises(OSError, match="Input/output error"):
+                log.append(PREDICTIONS, [row(i)])
+        fails = False
+        log.append(PREDICTIONS, [row(4)])
+        assert len(spool_files(tmp_path / "spool")) == 3  # a new one after each failure
+        log.close()
+    assert ids(store) == ["p1", "p4"]
+
+
+def test_the_disk_has_the_names_of_all_folders_before_a_row_counts_as_kept(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = tmp_path / "spool"
+    log = Log(spool, store, "tiny")
+    log.append(PREDICTIONS, [row(1)])
+    log.configure(contract.Log(fsync="batch"))
+    sync, failures = os.fsync, 1
+    taken: list[Path] = []
+
+    def fsync(fd: int) -> None:
+        nonlocal failures
+        if len(taken) == 1 and failures:
+            failures -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(fd)
+        taken.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match="Input/output error"):
+            log.append(PREDICTIONS, [row(2)])
+        assert len(set(taken)) == 1
+        log.append(PREDICTIONS, [row(3)])
+        kind = spool / "tiny" / "predictions"
+        assert set(taken) == {kind, kind.parent, spool, tmp_path}
+        log.append(PREDICTIONS, [row(4)])
+        assert len(taken) == 4  # once each
+    log.close()
+    assert ids(store) == ["p1", "p3", "p4"]
+
+
+def test_when_the_disk_fails_between_requests_the_next_ones_learn_of_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fails = True
+    with disk(monkeypatch, lambda: fails) as asked:
+        log = Log(tmp_path / "spool", store, "tiny", fsync="interval", fsync_interval=0.02)
+        log.start()
+        log.append(PREDICTIONS, [row(1)])
+        wait_for(lambda: log.sync_failures == 1, "the disk fails")
+        for i in (2, 3):
+            with pytest.raises(OSError, match="Input/output error"):
+                log.append(PREDICTIONS, [row(i)])
+        fails = False
+        log.append(PREDICTIONS, [row(4)])
+        waited = asked.count(threading.current_thread().name)
+        log.append(PREDICTIONS, [row(5)])
+        assert asked.count(threading.current_thread().name) == waited == 3
+        log.close()
+    assert sorted(ids(store)) == ["p1", "p4", "p5"]  # the process lives: so did the first
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["append", "append", "shadow", "fail", "sync", "sweep", *POLICIES]),
+        max_size=40,
+    )
+)
+def test_whatever_happens_exactly_what_was_taken_is_in_the_log(steps: list[str]) -> None:
+    failures = 0
+
+    def failing() -> bool:
+        nonlocal failures
+        failures -= 1
+        return failures >= 0
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
+        store, spool = Store(Path(folder) / "store"), Path(folder) / "spool"
+        log = Log(spool, store, "tiny", rotate_rows=5)
+        taken = []
+        with disk(monkeypatch, failing):
+            for i, step in enumerate(steps):
+                if step in ("append", "shadow"):
+                    try:
+                        log.append(PREDICTIONS, [row(i)], acknowledged=step == "append")
+                    except OSError:
+                        continue
+                    taken.append(f"p{i}")
+                elif step == "fail":
+                    failures = 1
+                elif step == "sync":
+                    log._sync()
+                elif step == "sweep":
+                    log.sweep()
+                else:
+                    log.configure(contract.Log.model_validate({"fsync": step, "rotate_rows": 5}))
+            log.close()
+        assert sorted(ids(store)) == sorted(taken)
+        assert spool_files(spool) == []
 
 
 def test_labels_join_newest_first_and_never_shadows(store: Store, tmp_path: Path) -> None:
