@@ -10,6 +10,9 @@ CONTRACTS ?= examples
 BASE ?= origin/main
 # What `driftmill images build --family` takes; empty: all images.
 FAMILY ?=
+# A key for cosign: a file, or the URI of a key service. Nothing of Sigstore is asked then, so that it
+# works in a network of its own. Empty: keyless, by the identity of the run.
+COSIGN_KEY ?=
 # Tests at the same time, one a core; make test WORKERS=0 runs them one after the other.
 WORKERS ?= logical --maxprocesses 4
 VENV := .venv
@@ -20,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast test-docker test-cluster lint format images push sbom scan sign audit \
-	contracts contracts-diff train bundle sign-bundle chart docs benchmarks constraints clean
+	contracts contracts-diff train bundle sign-bundle release chart docs benchmarks constraints clean
 
 help: ## Show this list.
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -88,17 +91,28 @@ sbom: images ## Write what is in the images to build/sbom/, as CycloneDX; needs 
 
 scan: sbom ## Look for known weaknesses in what is in them that an update would mend; needs grype.
 	set -e; names=$$($(NAMES)); for full in $$names; do name=$${full##*/}; \
-		grype "sbom:build/sbom/$${name%%:*}.cdx.json" --only-fixed --fail-on high; done
+		code=0; grype "sbom:build/sbom/$${name%%:*}.cdx.json" --only-fixed --fail-on high || code=$$?; \
+		case $$code in 0) ;; \
+			2) echo "$$full has a weakness, high or worse, that an update mends: make constraints"; exit 1 ;; \
+			*) echo "$$full was not scanned: grype needs its database (GRYPE_DB_UPDATE_URL)"; exit 1 ;; \
+		esac; done
 
-sign: sbom ## Sign the pushed images and the lists of what is in them; needs cosign.
+SIGN_WITH = $(if $(COSIGN_KEY),--key $(COSIGN_KEY) --signing-config build/no-services.json)
+
+build/no-services.json:
+	mkdir -p build
+	cosign signing-config create --out $@
+
+sign: sbom $(if $(COSIGN_KEY),build/no-services.json) ## Sign the pushed images and the lists of what is in them; needs cosign 3.
 	set -e; names=$$($(NAMES)); for full in $$names; do name=$${full##*/}; \
 		digest=$$(docker image inspect --format '{{range .RepoDigests}}{{println .}}{{end}}' "$$full" \
 			| grep -F "$${full%:*}@"); \
-		cosign sign --yes "$$digest"; \
-		cosign attest --yes --type cyclonedx --predicate "build/sbom/$${name%%:*}.cdx.json" "$$digest"; done
+		cosign sign --yes $(SIGN_WITH) "$$digest"; \
+		cosign attest --yes $(SIGN_WITH) --type cyclonedx --predicate "build/sbom/$${name%%:*}.cdx.json" "$$digest"; done
 
 audit: $(DEV) ## Ask PyPI whether a locked package has a known weakness; needs the network.
-	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --no-deps --disable-pip -r constraints.txt
+	$(BIN)/uv tool run --from pip-audit==2.10.1 pip-audit --strict --no-deps --disable-pip -r constraints.txt \
+		|| { echo "A package has a weakness, or its index cannot be asked: only pypi.org knows of weaknesses"; exit 1; }
 
 contracts: $(DEV) ## Compile each contract below CONTRACTS into build/contracts/.
 	rm -rf build/contracts
@@ -122,8 +136,26 @@ train: $(DEV) ## Train CONTRACT, promote it if it is better; on Kubeflow where K
 bundle: $(DEV) ## Verify CONTRACT's champion and pack it into dist/; the same one gives the same bytes.
 	$(BIN)/driftmill verify $(CONTRACT) --pack dist
 
-sign-bundle: ## Sign what make bundle packed; needs cosign.
-	set -e; for file in dist/*.tar.gz; do cosign sign-blob --yes --bundle "$$file.sigstore.json" "$$file"; done
+sign-bundle: $(if $(COSIGN_KEY),build/no-services.json) ## Sign what make bundle and make release wrote; needs cosign 3.
+	set -e; files=$$(ls dist/*.tar.gz dist/SHA256SUMS 2> /dev/null) || test -n "$$files" \
+		|| { echo "There is nothing in dist/: make bundle, or make release"; exit 1; }; \
+	for file in $$files; do \
+		cosign sign-blob --yes $(SIGN_WITH) --bundle "$$file.sigstore.json" "$$file"; done
+
+# From what is committed, with rights and times that do not depend on the machine. Helm writes the time
+# of the packing into a package, so that its files are packed anew.
+EPOCH = $$(git log -1 --format=%ct)
+TAR := tar --sort=name --owner=0 --group=0 --numeric-owner --mode=u=rw,go=r,a+X
+release: $(DEV) ## Write wheel, chart and their sha256 to dist/; one commit gives the same bytes anywhere.
+	rm -rf build/release && mkdir -p build/release/chart dist
+	umask 022; git archive HEAD | tar -x --no-same-permissions -C build/release
+	umask 022; cd build/release && SOURCE_DATE_EPOCH=$(EPOCH) $(abspath $(BIN))/uv build --quiet --wheel \
+		--no-build-isolation --python $(abspath $(BIN))/python --out-dir wheel
+	$(BIN)/helm package build/release/helm/driftmill --destination build/release/chart
+	cd build/release/chart && package=$$(echo *.tgz) && tar -xzf "$$package" \
+		&& $(TAR) --mtime=@$(EPOCH) -c driftmill | gzip -n9 > "../$$package"
+	cp build/release/wheel/*.whl build/release/*.tgz dist/
+	cd dist && sha256sum *.whl *.tgz > SHA256SUMS && cat SHA256SUMS
 
 benchmarks: $(DEV) ## Measure what the README quotes; results go to benchmarks/results/.
 	$(BIN)/python -m benchmarks

@@ -6,8 +6,10 @@ One file without dependencies, so that it also runs inside a pod of the service 
     kubectl exec -i POD -- python3 - http://SERVICE:3000 --until /tmp/stop < benchmarks/load.py
 
 It prints one JSON object: requests sent and answered with 200, failures by kind, answers by
-version, latency in milliseconds, requests a second. Exit code 1 where a request failed. With
-`--expect` an answer whose score is not that of the version it names has failed, too.
+version, latency in milliseconds, requests a second. Exit code 1 where a request failed. `--tokens`
+names a folder with files of tokens, where the service asks for them: `predict`, and `admin`, whose
+right `/model` takes. With `--expect` an answer whose score is not that of the version it names has
+failed, too.
 """
 
 from __future__ import annotations
@@ -125,12 +127,14 @@ async def drive(
     connections: int,
     until: Path | None,
     expected: dict[str, float],
+    headers: dict[str, str],
 ) -> dict[str, Any]:
     """Send at least so many requests and, where `until` names a file, until it is there."""
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
+    more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
     request = (
-        f"POST {parts.path.rstrip('/')}/predict HTTP/1.1\r\nhost: {host}\r\n"
+        f"POST {parts.path.rstrip('/')}/predict HTTP/1.1\r\nhost: {host}\r\n{more}"
         f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     ).encode() + body
     count = Count(expected=expected)
@@ -151,11 +155,19 @@ async def drive(
     return count.report(time.perf_counter() - began)
 
 
-def record(url: str) -> dict[str, Any]:
+def bearer(tokens: Path | None, right: str) -> dict[str, str]:
+    """The header that gives a right; none without tokens."""
+    from services import check
+
+    return {} if tokens is None else {"authorization": f"Bearer {check.token(tokens, right)}"}
+
+
+def record(url: str, tokens: Path | None) -> dict[str, Any]:
     """A record that the service takes, by its own schema."""
     from services import check
 
-    with urllib.request.urlopen(f"{url.rstrip('/')}/model", timeout=TIMEOUT) as answer:  # noqa: S310
+    request = urllib.request.Request(f"{url.rstrip('/')}/model", headers=bearer(tokens, "admin"))  # noqa: S310
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:  # noqa: S310
         made: dict[str, Any] = check.record(json.load(answer)["schema"])
     return made
 
@@ -171,6 +183,7 @@ def main() -> int:
     parser.add_argument(
         "--expect", type=json.loads, default={}, metavar="JSON", help="score of each version"
     )
+    parser.add_argument("--tokens", type=Path, metavar="FOLDER", help="files of tokens")
     options = parser.parse_args()
     try:
         import uvloop
@@ -178,7 +191,8 @@ def main() -> int:
         loop = uvloop.new_event_loop
     except ImportError:
         loop = asyncio.new_event_loop
-    body = json.dumps({"records": [record(options.url)] * options.records}).encode()
+    made = record(options.url, options.tokens)
+    body = json.dumps({"records": [made] * options.records}).encode()
     with asyncio.Runner(loop_factory=loop) as runner:
         found = runner.run(
             drive(
@@ -188,6 +202,7 @@ def main() -> int:
                 options.connections,
                 options.until,
                 options.expect,
+                bearer(options.tokens, "predict"),
             )
         )
     print(json.dumps(found))

@@ -40,6 +40,8 @@ from driftmill.home import cores
 RESULT = Path(__file__).parent / "results" / "rollouts.json"
 LOAD = Path(__file__).with_name("load.py")
 MODEL = "payments"
+#: Where a pod has the tokens of a service, as the service's own pods do.
+TOKENS = "/etc/driftmill/tokens"
 #: Seconds from SIGTERM until the switch knows, and between two operations.
 LATE, APART = 0.5, 2.0
 #: Seconds that anything may take.
@@ -283,6 +285,7 @@ class Cluster:
         inside = [*self.kubectl, "exec", "--stdin", self.pod, "--", "python3", "-"]
         inside += [f"http://{self.service}:{port}", "--requests", str(requests)]
         inside += ["--connections", str(connections), "--until", "/tmp/stop"]  # noqa: S108
+        inside += ["--tokens", TOKENS] if self._tokens() else []
         with LOAD.open() as source:
             process = subprocess.Popen(inside, stdin=source, stdout=subprocess.PIPE, text=True)
         return process, [*self.kubectl, "exec", self.pod, "--", "touch", "/tmp/stop"]  # noqa: S108
@@ -304,8 +307,14 @@ class Cluster:
             )
         return names[0]
 
+    def _tokens(self) -> list[dict[str, Any]]:
+        """The volume of a service's pod with its tokens; none where it asks for none."""
+        pod = json.loads(self.call("get", "pod", self.pods[0], "-o", "json"))
+        return [volume for volume in pod["spec"]["volumes"] if volume["name"] == "tokens"]
+
     def _sender(self) -> dict[str, Any]:
         """A pod that may reach the service as the one of `helm test` does."""
+        tokens = self._tokens()
         pod = json.loads(self.call("get", "pod", self.pods[0], "-o", "json"))
         labels = {k: v for k, v in pod["metadata"]["labels"].items() if "/" in k}
         labels["app.kubernetes.io/component"] = "test"
@@ -318,7 +327,10 @@ class Cluster:
                 "readOnlyRootFilesystem": True,
                 "capabilities": {"drop": ["ALL"]},
             },
-            "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}],  # noqa: S108
+            "volumeMounts": [
+                {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+                *({"name": "tokens", "mountPath": TOKENS, "readOnly": True} for _ in tokens),
+            ],
         }
         near = {
             "labelSelector": {
@@ -332,7 +344,7 @@ class Cluster:
             "metadata": {"name": self.pod, "labels": labels},
             "spec": {
                 "containers": [container],
-                "volumes": [{"name": "tmp", "emptyDir": {}}],
+                "volumes": [{"name": "tmp", "emptyDir": {}}, *tokens],
                 "restartPolicy": "Never",
                 "terminationGracePeriodSeconds": 1,
                 "automountServiceAccountToken": False,

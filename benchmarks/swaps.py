@@ -59,7 +59,7 @@ def counts(process: subprocess.Popen[str]) -> dict[str, Any]:
 def measure(place: rollouts.Laptop, requests: int, swaps: int, connections: int) -> dict[str, Any]:
     """Send without a change, then with many."""
     url = f"http://127.0.0.1:{place.running[0][1]}"
-    record = load.record(url)
+    record = load.record(url, None)
     versions = (place.old, place.new)
     scores = {v: expected(place.folder / "store", v, record) for v in versions}
     apart = abs(scores[place.old] - scores[place.new])

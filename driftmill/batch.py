@@ -30,12 +30,11 @@ from typing import Any
 import fsspec
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from driftmill import columns
 from driftmill.bundle import PREDICTION, SCORE, Bundle, answers
-from driftmill.contract import Column, Contract, did_you_mean
-from driftmill.features import MISSING
+from driftmill.contract import Contract, did_you_mean
 from driftmill.home import cores
 from driftmill.store import Store
 
@@ -168,6 +167,7 @@ class _Rows:
     def __init__(self, loaded: Bundle, kept: Sequence[str]) -> None:
         self._bundle = loaded
         self._columns = loaded.signature.columns
+        self._numbers = columns.Numbers([c for c in self._columns if c.is_numeric])
         self._kept = list(kept)
         #: Columns that are read.
         self.wanted = list(dict.fromkeys([*kept, *(c.name for c in self._columns)]))
@@ -175,16 +175,16 @@ class _Rows:
     def score(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """What the output holds of a batch."""
         rows = batch.num_rows
-        problem = _Problems(rows)
+        problem = columns.Problems(rows)
         numeric, texts = [], []
         for column in self._columns:
             values = batch.column(column.name)
             if column.is_numeric:
-                numeric.append(_numbers(values, column, problem))
+                numeric.append(columns.wide(values))
             else:
-                texts.append(_texts(values, column, problem))
+                texts.append(columns.texts(values, column, problem))
         output = self._bundle.session.run(
-            np.stack(numeric, axis=1) if numeric else np.empty((rows, 0), np.float32),
+            self._numbers.take(numeric, rows, problem),
             np.stack(texts, axis=1) if texts else np.empty((rows, 0), object),
         )
         found = answers(output, self._bundle.signature)
@@ -193,71 +193,8 @@ class _Rows:
             name: pa.array(found[f"_{name}"], mask=bad) for name in ADDED if f"_{name}" in found
         }
         added["problem"] = problem.column()
-        columns = {name: batch.column(name) for name in self._kept} | added
-        return pa.RecordBatch.from_pydict(columns)
-
-
-class _Problems:
-    """The first problem of each row, if any."""
-
-    def __init__(self, rows: int) -> None:
-        self._texts: list[str | None] = [None]
-        #: For each row 0 or the place of its problem's text.
-        self.codes = np.zeros(rows, dtype=np.int32)
-
-    def note(self, where: np.ndarray, text: str) -> None:
-        """Write down a problem of the rows that have none yet."""
-        if where.any():
-            self.codes[where & (self.codes == 0)] = len(self._texts)
-            self._texts.append(text)
-
-    def column(self) -> pa.Array:
-        """The texts, null where there is no problem."""
-        return pa.array(self._texts, pa.string()).take(pa.array(self.codes))
-
-
-def _numbers(values: pa.Array, column: Column, problem: _Problems) -> np.ndarray:
-    """A column as the model takes it, float32 with NaN for nothing; notes what is not valid."""
-    if pa.types.is_boolean(values.type):
-        values = values.cast(pa.uint8())
-    wide: np.ndarray = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    missing = np.isnan(wide)
-    with np.errstate(over="ignore"):
-        result: np.ndarray = wide.astype(np.float32)
-    if not column.nullable:
-        problem.note(missing, f"{column.name} is missing")
-    low, high = (0.0, 1.0) if column.type == "bool" else (column.min, column.max)
-    wrong = np.isinf(result)
-    if low is not None:
-        wrong |= wide < low
-    if high is not None:
-        wrong |= wide > high
-    problem.note(wrong, f"{column.name} is out of range")
-    if column.type in ("int", "bool"):
-        problem.note(~missing & (np.floor(wide) != wide), f"{column.name} is not a whole number")
-    return result
-
-
-def _texts(values: pa.Array, column: Column, problem: _Problems) -> np.ndarray:
-    """A column as the model takes it, text with "" for nothing; notes what is not valid."""
-    if not pa.types.is_dictionary(values.type):
-        values = pc.dictionary_encode(values.cast(pa.string()))
-    words = [column.aliases.get(word, word) for word in _words(values.dictionary)]
-    # Each word once, and a last one for nothing: rows then only refer to them.
-    known = np.array([*words, MISSING], dtype=object)
-    codes = pc.fill_null(values.indices.cast(pa.int64()), len(words)).to_numpy()
-    result: np.ndarray = known[codes]
-    if not column.nullable:
-        problem.note((known == MISSING)[codes], f"{column.name} is missing")
-    if column.unknown == "reject":
-        valid = {*column.categories, MISSING}
-        foreign = np.array([word not in valid for word in known])
-        problem.note(foreign[codes], f"{column.name} has no such category")
-    return result
-
-
-def _words(dictionary: pa.Array) -> list[str]:
-    return [MISSING if word is None else str(word) for word in dictionary.to_pylist()]
+        kept = {name: batch.column(name) for name in self._kept}
+        return pa.RecordBatch.from_pydict(kept | added)
 
 
 def _files(source: str) -> tuple[Any, list[str]]:
@@ -319,23 +256,12 @@ def _kept(contract: Contract, schema: pa.Schema, keep: Sequence[str] | None) -> 
             raise BatchError(f"the input has no column {name!r}{did_you_mean(name, names)}")
     for column in contract.data.columns:
         kind = schema.field(column.name).type
-        if not _fits(kind, column):
+        if not columns.fits(kind, column):
             needed = column.type if column.is_numeric else "text"
             raise BatchError(f"the column {column.name!r} holds {kind}; {needed} is needed")
     if taken := set(keep) & set(ADDED):
         raise BatchError(f"{', '.join(sorted(taken))} is what is added; keep other columns")
     return list(keep)
-
-
-def _fits(kind: pa.DataType, column: Column) -> bool:
-    """Whether Arrow's type can be read as the contract's. A whole number may name a category."""
-    types = pa.types
-    if types.is_null(kind) or types.is_integer(kind):
-        return True
-    if column.is_numeric:
-        return bool(types.is_floating(kind) or types.is_boolean(kind) or types.is_decimal(kind))
-    text = kind.value_type if types.is_dictionary(kind) else kind
-    return bool(types.is_string(text) or types.is_large_string(text) or types.is_string_view(text))
 
 
 def _identity(

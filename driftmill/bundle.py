@@ -10,6 +10,7 @@
 | `report.html` | how it was judged (added by the gate) |
 | `weights.safetensors` | a network's weights: to explain it, and to go on training from |
 | `training.json` | how a network learnt: its history, the other runs, diagnostics |
+| `sbom.cdx.json` | its files, data and libraries, for scanners: `driftmill.sbom` |
 | `manifest.sig` | a signature of the manifest, where training has a key: `driftmill.signing` |
 
 The version is the digest of model, schema, reference and examples: the same training gives the
@@ -24,30 +25,27 @@ import gzip
 import hashlib
 import io
 import json
-import platform
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from driftmill import features, signing
+from driftmill import features, sbom, signing
 from driftmill.contract import Contract
 from driftmill.features import EMBEDDING, IMAGE, Signature
 from driftmill.home import cores
+from driftmill.sbom import SBOM
 from driftmill.serving.session import Session
-from driftmill.signing import SIGNATURE
+from driftmill.signing import SIGNATURE, TRUSTED_KEYS
 from driftmill.store import Store, sha256, write_atomic
-from driftmill.version import code_version
+from driftmill.version import code_digest, code_version
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +53,17 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 #: Of what is written here; other formats are refused.
 FORMAT = 1
+#: Of the libraries those that a model's numbers depend on.
+_DECISIVE = (
+    sbom.PYTHON,
+    "scikit-learn",
+    "skl2onnx",
+    "torch",
+    "torchvision",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+)
 #: The files that make the version.
 CORE = ("model.onnx", "schema.json", "reference.parquet", "examples.json")
 #: Columns of `reference.parquet` beside inputs and target: the model's answer (label or number),
@@ -93,8 +102,11 @@ class Manifest(BaseModel):
     metrics: dict[str, float] = {}
     """Metrics on the test rows."""
     code_version: str
+    """The version of Driftmill that assembled it, `+` and the start of `code_digest`: between two
+    releases only that tells which code it was."""
     environment: dict[str, str]
-    """Versions of Python and of the packages that trained it."""
+    """Versions of Python and of the libraries that the numbers depend on; `sbom.cdx.json` has the
+    others, too."""
 
     @property
     def precision(self) -> str:
@@ -212,16 +224,18 @@ def write(
         }
     replay["output"] = session.run(*arrays).tolist()
     (folder / "examples.json").write_text(json.dumps(replay))
+    installed = sbom.libraries()
     return _write_manifest(
         folder,
+        installed,
         model=contract.model,
         created=datetime.now(UTC),
         contract=contract,
         family=family,
         params=params,
         data=data,
-        code_version=code_version(),
-        environment=_environment(),
+        code_version=f"{code_version()}+{code_digest()[:12]}",
+        environment={name: installed[name] for name in _DECISIVE if name in installed},
     )
 
 
@@ -231,7 +245,11 @@ def add(folder: Path, name: str, content: bytes, metrics: dict[str, float]) -> M
     manifest = read_manifest(folder)
     (folder / SIGNATURE).unlink(missing_ok=True)
     (folder / name).write_bytes(content)
-    return _write_manifest(folder, **{**dict(manifest), "metrics": {**manifest.metrics, **metrics}})
+    listed = folder / SBOM
+    # What made the model, wherever this runs; bundles from before there was a list get none.
+    installed = sbom.installed(listed.read_bytes()) if listed.exists() else None
+    values = {**dict(manifest), "metrics": {**manifest.metrics, **metrics}}
+    return _write_manifest(folder, installed, **values)
 
 
 def put(store: Store, folder: Path, manifest: Manifest) -> None:
@@ -269,7 +287,15 @@ def read_manifest(folder: Path) -> Manifest:
     except FileNotFoundError:
         raise BundleError(f"{folder} is not a bundle: it has no {MANIFEST}") from None
     except ValidationError as error:
-        raise BundleError(f"{folder / MANIFEST} is damaged: {error.errors()[0]['msg']}") from None
+        first = error.errors()[0]
+        if first["type"] == "extra_forbidden":
+            # The contract in it is of a Driftmill whose contracts can say more.
+            raise BundleError(
+                f"{folder / MANIFEST} has {'.'.join(map(str, first['loc']))}, which this Driftmill "
+                "does not know: a newer one wrote it; upgrade this one, or roll back to a version "
+                "that it can read"
+            ) from None
+        raise BundleError(f"{folder / MANIFEST} is damaged: {first['msg']}") from None
 
 
 def sign(folder: Path) -> None:
@@ -381,29 +407,61 @@ def examine(folder: Path, *, signed: bool = True) -> dict[str, Any]:
         folder: the bundle.
         signed: as for `verify`.
 
+    Returns:
+        `model` and `version`; `checked`, a sentence for each thing that was looked at; and
+        `provenance`, what the manifest says, which only a signature vouches for.
+
     Raises:
-        BundleError: as `load`.
+        BundleError: as `load`, or the list of components contradicts the manifest.
     """
     loaded = load(folder, signed=signed)
     manifest, path = loaded.manifest, folder / SIGNATURE
-    signature = "none"
+    signature = f"none, and {TRUSTED_KEYS} demands none"
     if path.exists():
         key = signing.check((folder / MANIFEST).read_bytes(), path.read_bytes()) if signed else None
-        signature = f"by {key}, which is trusted" if key else "there is one; no key to check it by"
+        signature = (
+            f"of the manifest by {key}, which {TRUSTED_KEYS} names"
+            if key
+            else "there is one; no key to check it by"
+        )
+    elif not signed:
+        signature = "none"
     examples = len(json.loads((folder / "examples.json").read_bytes())["output"])
+    most = TOLERANCE.get(manifest.precision, TOLERANCE["float32"])
     return {
         "model": manifest.model,
-        "version": f"{manifest.version}",
-        "files": f"{len(manifest.files)}, each with the sha256 that the manifest names",
-        "signature": signature,
-        "examples": f"{examples}, answered as in training",
-        "created": f"{manifest.created:%F %T} UTC",
-        "family": manifest.family,
-        "data": manifest.data.get("fingerprint", "unknown"),
-        "contract": hashlib.sha256(manifest.contract.to_json().encode()).hexdigest(),
-        "code": manifest.code_version,
-        "environment": ", ".join(f"{n} {v}" for n, v in manifest.environment.items()),
+        "version": manifest.version,
+        "checked": {
+            "files": f"{len(manifest.files)}, each with the sha256 in the manifest, and no others",
+            "version": f"the digest of {', '.join(CORE)}",
+            "model": "loads, without running code of the bundle; fits its schema and contract",
+            "examples": f"{examples}, answered as in training (to {most:g})",
+            "sbom": _listed(folder, manifest),
+            "signature": signature,
+        },
+        "provenance": {
+            "created": f"{manifest.created:%F %T} UTC",
+            "family": manifest.family,
+            "data": manifest.data.get("fingerprint", "unknown"),
+            "contract": sbom.contract_digest(manifest),
+            "code": manifest.code_version,
+            "environment": ", ".join(f"{n} {v}" for n, v in manifest.environment.items()),
+        },
     }
+
+
+def _listed(folder: Path, manifest: Manifest) -> str:
+    """What the list of components says, in words. Raises BundleError."""
+    if SBOM not in manifest.files:
+        return "none: the bundle is older than such lists"
+    content = (folder / SBOM).read_bytes()
+    try:
+        if problem := sbom.misfit(content, manifest):
+            raise BundleError(f"{folder}: {problem}")
+        libraries = len(sbom.installed(content)) - 1  # without Python
+    except sbom.SbomError as error:
+        raise BundleError(f"{folder}: {error}") from None
+    return f"{libraries} libraries; model, files, data and versions are those of the manifest"
 
 
 def fetch(store: Store, model: str, version: str, cache: Path | None = None) -> Bundle:
@@ -506,18 +564,16 @@ def _version(files: dict[str, str]) -> str:
     return hashlib.sha256("".join(files[name] for name in CORE).encode()).hexdigest()[:12]
 
 
-def _write_manifest(folder: Path, **values: Any) -> Manifest:
-    own = (MANIFEST, SIGNATURE)
+def _write_manifest(folder: Path, installed: dict[str, str] | None, **values: Any) -> Manifest:
+    """Write the manifest, and the list of components where it is known what was `installed`."""
+    own = (MANIFEST, SIGNATURE, SBOM)
     files = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name not in own}
     manifest = Manifest(**{**values, "files": files, "version": _version(files)})
+    if installed is not None:
+        listed = sbom.document(manifest, installed)
+        (folder / SBOM).write_bytes(listed)
+        manifest = manifest.model_copy(
+            update={"files": {**files, SBOM: hashlib.sha256(listed).hexdigest()}}
+        )
     write_atomic(folder / MANIFEST, manifest.model_dump_json(indent=1).encode())
     return manifest
-
-
-def _environment() -> dict[str, str]:
-    names = ("scikit-learn", "skl2onnx", "torch", "torchvision", "onnx", "onnxruntime", "numpy")
-    found = {"python": platform.python_version()}
-    for name in names:
-        with suppress(PackageNotFoundError):  # tables need no torch
-            found[name] = installed_version(name)
-    return found

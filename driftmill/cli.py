@@ -604,7 +604,7 @@ def predict(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Ask the model.
+    """Ask the model; of a service that asks for a token with that in DRIFTMILL_TOKEN.
 
     Example: driftmill predict contract.yaml --record '{"amount": 12.5, "channel": "web"}'
     """
@@ -624,7 +624,8 @@ def predict(
         answers = [_predict_here(document, home, batch) for batch in batches]
     else:
         address = url or _address(home, "service", document.model)
-        answers = [_post(f"{address}/predict", {"records": batch}) for batch in batches]
+        token = os.environ.get("DRIFTMILL_TOKEN")
+        answers = [_post(f"{address}/predict", {"records": batch}, token) for batch in batches]
     answer = {**answers[0], "predictions": [p for a in answers for p in a["predictions"]]}
     if as_json:
         _print_json(answer)
@@ -820,7 +821,8 @@ def replay(
     """Send the data's stream to the service as traffic, in order, and its labels later.
 
     The stream is what comes after data.time.until, else the test file, else all rows.
-    Exit code 1 where a request failed.
+    Exit code 1 where a request failed. A service that asks for tokens gets those in DRIFTMILL_TOKEN
+    and, with labels, in DRIFTMILL_FEEDBACK_TOKEN, where that is another one.
 
     Example: driftmill replay contract.yaml --rate 500 --label-delay 5s
     """
@@ -856,6 +858,8 @@ def replay(
                 label_delay=delay,
                 on_progress=lambda r: advance(r.sent + r.failed),
                 stop_event=stop,
+                token=os.environ.get("DRIFTMILL_TOKEN"),
+                feedback_token=os.environ.get("DRIFTMILL_FEEDBACK_TOKEN"),
             )
         return result, stop.is_set()
 
@@ -1225,7 +1229,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a bundle: its files, its version, its signature, its answers; and say where it is from.
+    """Check a bundle: files, version, answers, components, signature; and say where it is from.
 
     A signature is demanded where DRIFTMILL_TRUSTED_KEYS names public keys.
 
@@ -1256,8 +1260,15 @@ def verify(
     if as_json:
         _print_json(checked)
         return
-    for name, value in checked.items():
-        print(f"{name:<12} {value}")
+    print(f"{checked['model']} {checked['version']} holds")
+    print("checked:")
+    for name, value in checked["checked"].items():
+        print(f"  {name:<12} {value}")
+    print("the manifest says:")
+    for name, value in checked["provenance"].items():
+        print(f"  {name:<12} {value}")
+    if pack is not None:
+        print(f"packed into {checked['packed']}")
 
 
 @app.command()

@@ -757,6 +757,20 @@ class Slo(Section):
         return value
 
 
+class Explain(Section):
+    """`POST /explain`: what each column, or each part of an image, contributed to a prediction."""
+
+    rate: float = Field(1.0, ge=0, le=1000)
+    """Requests a second that are taken, by each process; more get 429. 0 switches it off."""
+    max_records: int = Field(10, ge=1, le=1000)
+    """Most records in one request."""
+    background: int = Field(100, ge=1, le=1000)
+    """Reference rows that a record is compared with. More take longer, and stand better for all."""
+    samples: int = Field(1, ge=1, le=100)
+    """Random orders of the columns for each of these rows, each taken forwards and backwards. More
+    take longer, and make the contributions more exact for these rows."""
+
+
 class Serve(Section):
     """How the model is served."""
 
@@ -779,6 +793,8 @@ class Serve(Section):
     """How a promoted model takes over."""
     log: Log = Log()
     """The inference log."""
+    explain: Explain = Explain()
+    """Explanations of single predictions."""
     slo: Slo = Slo()
     """What the service promises."""
 

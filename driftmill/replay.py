@@ -78,6 +78,8 @@ async def replay(
     on_progress: Callable[[ReplayResult], None] | None = None,
     stop_event: asyncio.Event | None = None,
     hold: Callable[[int], Awaitable[None]] | None = None,
+    token: str | None = None,
+    feedback_token: str | None = None,
 ) -> ReplayResult:
     """Send rows to `/predict`, then their labels to `/feedback`.
 
@@ -97,6 +99,8 @@ async def replay(
         stop_event: when set, no further rows are sent; the labels of those sent still are.
         hold: awaited before each request, with the position of its first row: traffic pauses for
             as long as it takes.
+        token: bearer token of the right `predict`; None sends none.
+        feedback_token: that of the right `feedback`; None: `token` gives both.
 
     Returns:
         Counts and answers. A request that fails is counted and not repeated.
@@ -108,8 +112,11 @@ async def replay(
     due: deque[tuple[float, str, str | float]] = deque()
     done = asyncio.Event()
     labels = label_values(rows, contract)
-    async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT) as client:
-        labelling = asyncio.create_task(_label(client, due, done, result))
+    async with (
+        _client(url, token) as client,
+        _client(url, feedback_token or token) as labeller,
+    ):
+        labelling = asyncio.create_task(_label(labeller, due, done, result))
         start = time.monotonic()
         for number, (first, records) in enumerate(_batches(rows, contract, batch)):
             if hold is not None:
@@ -131,6 +138,11 @@ async def replay(
         done.set()
         await labelling
     return result
+
+
+def _client(url: str, token: str | None) -> httpx.AsyncClient:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    return httpx.AsyncClient(base_url=url, timeout=TIMEOUT, headers=headers)
 
 
 def records(rows: pd.DataFrame, contract: Contract) -> Iterator[dict[str, Any]]:

@@ -279,6 +279,21 @@ class Canary(Section):
     """Digest of its image."""
 
 
+class Access(Section):
+    """Who may call the service. Health is open to all."""
+
+    enabled: bool = True
+    """Whether bearer tokens are asked for, of the rights `predict`, `feedback`, `metrics` and
+    `admin`."""
+    existing_secret: str = ""
+    """Secret whose keys are the rights, each with a token; a right without one is given to nobody.
+    Empty: one is made, with random tokens that upgrades keep. What only renders the chart
+    (`helm template`, Argo CD) cannot keep them: name one there."""
+    rate: int = Field(0, ge=0)
+    """Requests a second that one client may send to a pod, for predictions and with labels; 0: any
+    number."""
+
+
 class Service(Pods):
     """The service that predicts."""
 
@@ -295,6 +310,8 @@ class Service(Pods):
     """Type of the Kubernetes Service."""
     annotations: dict[str, str] = {}
     """Annotations of the Kubernetes Service."""
+    access: Access = Access()
+    """Who may call it."""
     spool_size: Quantity = "1Gi"
     """Room for what the inference log has not yet moved into the store."""
     pre_stop_seconds: int = Field(5, ge=0)

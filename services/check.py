@@ -2,7 +2,8 @@
 
 It predicts a record that the model's own schema makes up, gives feedback, reads metrics, and tries
 what must be shut. `helm test` runs it in the cluster; with the addresses of `driftmill status` it
-checks a laptop.
+checks a laptop. Where the service asks for tokens it needs those of all four rights, and tries
+whether one without is turned away.
 
 The record is marked `driftmill-check` in the inference log. The label that it gives is of a
 prediction that nobody has made, so that it is taken, and teaches nothing.
@@ -21,6 +22,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -45,22 +47,44 @@ class Failed(Exception):
 
 class Peer:
     """One connection to one process, whatever stands behind the address: what was counted by one
-    must be asked of the same."""
+    must be asked of the same.
 
-    def __init__(self, url: str, timeout: float) -> None:
+    Args:
+        url: `http://HOST:PORT`.
+        timeout: seconds for an answer.
+        tokens: folder with a file of tokens for each right; None: none is sent.
+    """
+
+    def __init__(self, url: str, timeout: float, tokens: Path | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme != "http" or not parts.hostname:
             raise Failed(f"{url} is no http:// address")
         self.url = url.rstrip("/")
         self._base = parts.path.rstrip("/")
+        self._tokens = tokens
         self._connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=timeout)
 
     def ask(
-        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        headers: dict[str, str] | None = None,
+        right: str | None = None,
     ) -> tuple[int, bytes, dict[str, str]]:
-        """Status, body and headers of an answer. Raises Failed where there is none."""
+        """Status, body and headers of an answer. Raises Failed where there is none.
+
+        Args:
+            method: of the request.
+            path: what is asked.
+            body: sent as JSON; None: nothing is.
+            headers: further ones.
+            right: whose token is sent, where there are tokens.
+        """
         content = None if body is None else json.dumps(body).encode()
         given = {"Content-Type": "application/json"} if content else {}
+        if self._tokens is not None and right is not None:
+            given["Authorization"] = f"Bearer {token(self._tokens, right)}"
         try:
             self._connection.request(method, self._base + path, content, given | (headers or {}))
             response = self._connection.getresponse()
@@ -70,9 +94,9 @@ class Peer:
             raise Failed(f"{self.url} does not answer: {error}") from None
         return response.status, answer, {k.lower(): v for k, v in response.getheaders()}
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, right: str) -> bytes:
         """The body of an answer with status 200."""
-        status, body, _ = self.ask("GET", path)
+        status, body, _ = self.ask("GET", path, right=right)
         if status != 200:
             raise Failed(f"{self.url}{path} answers {status}: {_text(body)}")
         return body
@@ -87,6 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("service", metavar="URL", help="the service, http://HOST:PORT")
+    parser.add_argument(
+        "--tokens",
+        metavar="FOLDER",
+        type=Path,
+        help="files of tokens, as the service has them; it must ask for them",
+    )
     parser.add_argument("--monitor", metavar="URL", help="the monitor, to be checked, too")
     parser.add_argument("--controller", metavar="URL", help="the controller, to be checked, too")
     parser.add_argument(
@@ -102,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     until = time.monotonic() + options.timeout
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("service", lambda: _service(options.service, until))
+        ("service", lambda: _service(options.service, options.tokens, until))
     ]
     if options.monitor:
         checks.append(("monitor", lambda: _monitor(options.monitor, until)))
@@ -120,14 +150,14 @@ def main(arguments: list[str] | None = None) -> int:
     return int(failed)
 
 
-def _service(url: str, until: float) -> str:
-    peer = _ready(url, until)
-    about = json.loads(peer.get("/model"))
+def _service(url: str, tokens: Path | None, until: float) -> str:
+    peer = _ready(url, until, tokens)
+    about = json.loads(peer.get("/model", "admin"))
     versions = {v for v in (about["version"], about["challenger"]) if v}
     signature = about["schema"]
     before = _counted(peer)
     status, body, headers = peer.ask(
-        "POST", "/predict", {"records": [record(signature)]}, {"X-Request-Id": _ID}
+        "POST", "/predict", {"records": [record(signature)]}, {"X-Request-Id": _ID}, "predict"
     )
     if status != 200:
         raise Failed(f"/predict answers {status}: {_text(body)}")
@@ -143,30 +173,36 @@ def _service(url: str, until: float) -> str:
     elif not isinstance(value, int | float) or not math.isfinite(value):
         raise Failed(f"/predict answers {value!r}, which is no number")
     label = {"labels": [{"id": _NOBODY, "label": value}]}
-    status, body, _ = peer.ask("POST", "/feedback", label)
+    status, body, _ = peer.ask("POST", "/feedback", label, right="feedback")
     if status != 200 or json.loads(body) != {"accepted": 1}:
         raise Failed(f"/feedback answers {status}: {_text(body)}")
     if _counted(peer) <= before:
         raise Failed("/metrics does not count the request (model_requests_total)")
-    return f"{answer['model']} {version} predicts {value!r}, takes feedback, counts it"
+    says = f"{answer['model']} {version} predicts {value!r}, takes feedback, counts it"
+    if tokens is None:
+        return says
+    status, _, _ = peer.ask("POST", "/predict", {})
+    if status != 401:
+        raise Failed(f"POST /predict without a token answers {status}; 401 is expected")
+    return f"{says}, turns away who has no token"
 
 
 def _counted(peer: Peer) -> float:
     """Predictions that this process has given."""
-    return _metric(peer.get("/metrics"), "model_requests_total", code="200") or 0.0
+    return _metric(peer.get("/metrics", "metrics"), "model_requests_total", code="200") or 0.0
 
 
 def _monitor(url: str, until: float) -> str:
     peer = _ready(url, until)
     name = "model_drift_last_success_timestamp_seconds"
-    if not _metric(peer.get("/metrics"), name):
+    if not _metric(peer.get("/metrics", "metrics"), name):
         raise Failed(f"/metrics has no {name}: it has not read the log yet")
     return "reads the log"
 
 
 def _controller(url: str, until: float) -> str:
     peer = _ready(url, until)
-    if _metric(peer.get("/metrics"), "retrain_run_active") is None:
+    if _metric(peer.get("/metrics", "metrics"), "retrain_run_active") is None:
         raise Failed("/metrics has no retrain_run_active")
     status, _, _ = peer.ask("POST", "/alerts", {})
     if status != 401:
@@ -194,9 +230,9 @@ def _closed(address: str, until: float) -> str:
         time.sleep(_AGAIN)
 
 
-def _ready(url: str, until: float) -> Peer:
+def _ready(url: str, until: float, tokens: Path | None = None) -> Peer:
     """A connection to what is ready, once it is."""
-    peer = Peer(url, 10.0)
+    peer = Peer(url, 10.0, tokens)
     while True:
         try:
             status, body, _ = peer.ask("GET", "/readyz")
@@ -258,6 +294,15 @@ def _metric(text: bytes, name: str, **labels: str) -> float | None:
         if sample.name == name and labels.items() <= sample.labels.items()
     ]
     return sum(found) if found else None
+
+
+def token(tokens: Path, right: str) -> str:
+    """A right's token in a folder of tokens; where its file has two, the last, which is newer."""
+    path = tokens / right
+    try:
+        return path.read_text().split()[-1]
+    except (OSError, IndexError) as error:
+        raise Failed(f"{path} has no token: {error}") from None
 
 
 def _text(body: bytes) -> str:

@@ -242,6 +242,47 @@ def test_a_damaged_backup_is_refused(
     assert other.store.list("") == []
 
 
+def test_a_backup_moves_into_another_kind_of_store(
+    home: Home,
+    make_bundle: Make,
+    store: Store,
+    any_store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As after the loss of a region: from a folder into a bucket, and what is backed up there is
+    the same."""
+    version = make_bundle().version
+    filled(home, store, version)
+    backups.backup(home, tmp_path / "b.tar")
+    here = {key: home.store.read(key) for key in home.store.list("") if "/cache/" not in key}
+    monkeypatch.setenv("DRIFTMILL_STORE", any_store.uri)
+    there = find(tmp_path / "there")
+    backups.restore(there, tmp_path / "b.tar")
+    assert {key: there.store.read(key) for key in there.store.list("")} == here
+    assert bundle.fetch(there.store, "tiny", version, tmp_path / "cache").version == version
+    again = backups.backup(there, tmp_path / "again.tar")
+    monkeypatch.delenv("DRIFTMILL_STORE")
+    assert backups.restore(find(tmp_path / "back"), tmp_path / "again.tar") == again
+
+
+def test_what_was_answered_after_the_backup_is_added_to_what_was_restored(
+    home: Home, make_bundle: Make, store: Store, tmp_path: Path
+) -> None:
+    """Segments of the log have names of their own, so that two logs are joined by copying."""
+    filled(home, store, make_bundle().version)
+    backups.backup(home, tmp_path / "b.tar")
+    log = Log(home.spool, home.store, "tiny")
+    log.append(PREDICTIONS, predictions(3))
+    log.close()
+    other = find(tmp_path / "other")
+    backups.restore(other, tmp_path / "b.tar")
+    rest = (home.folder / "store/tiny/log", other.folder / "store/tiny/log")
+    shutil.copytree(*rest, dirs_exist_ok=True)
+    Log(other.spool, other.store, "tiny").sweep()
+    assert ids(other.store) == ["p1", "p2", "p3"]
+
+
 def test_a_foreign_archive_writes_nowhere_else(tmp_path: Path, home: Home) -> None:
     """Names that lead out of the home are refused."""
     (tmp_path / "evil").write_text("x")

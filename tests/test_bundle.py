@@ -125,7 +125,14 @@ def test_a_manifest_cut_anywhere_is_refused(folder: Path, data: st.DataObject) -
 
 def test_a_manifest_with_a_key_of_another_format_is_refused(folder: Path) -> None:
     rewrite(folder, lambda values: values.update(pickle="model.pkl"))
-    with pytest.raises(BundleError, match="is damaged"):
+    with pytest.raises(BundleError, match="has pickle, which this Driftmill does not know"):
+        bundle.load(folder)
+
+
+def test_a_contract_that_can_say_more_is_named(folder: Path) -> None:
+    """As where training was upgraded before the services were."""
+    rewrite(folder, lambda values: values["contract"]["serve"].update(mood="good"))
+    with pytest.raises(BundleError, match=r"has contract\.serve\.mood, .* a newer one wrote it"):
         bundle.load(folder)
 
 

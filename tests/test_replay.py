@@ -30,6 +30,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.asked: list[dict[str, Any]] = []
         self.labels: list[dict[str, Any]] = []
+        self.tokens: set[tuple[str, str | None]] = set()
+        """Paths, and what was sent with requests to them."""
         self.failing: set[int] = set()
         """Numbers of the `/predict` requests that are answered with 503."""
         self.requests = 0
@@ -45,6 +47,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.tokens.add((self.path, self.headers["authorization"]))
         status = 200
         answer: dict[str, Any] = {}
         if self.path == "/feedback":
@@ -85,6 +88,21 @@ def server() -> Iterator[Server]:
 def send(rows: pd.DataFrame, url: str, **settings: Any) -> replay.ReplayResult:
     settings = {"contract": TINY, "rate": 5000.0, "label_delay": 0.0, **settings}
     return asyncio.run(replay.replay(rows, url, **settings))
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({}, (None, None)),
+        ({"token": "a"}, ("Bearer a", "Bearer a")),
+        ({"token": "a", "feedback_token": "b"}, ("Bearer a", "Bearer b")),
+    ],
+)
+def test_tokens_are_sent(
+    server: Server, given: dict[str, str], sent: tuple[str | None, str | None]
+) -> None:
+    assert send(tiny_frame(3), server.url, **given).ok
+    assert server.tokens == {("/predict", sent[0]), ("/feedback", sent[1])}
 
 
 @pytest.mark.parametrize("batch", [1, 7, None])

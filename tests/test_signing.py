@@ -194,7 +194,7 @@ def test_the_command_checks_signs_and_explains(
     monkeypatch.setenv(TRUSTED_KEYS, public)
     assert isinstance(CliRunner().invoke(app, [*command, "tiny"]).exception, BundleError)
     signed = CliRunner().invoke(app, [*command, "tiny", version, "--sign"], catch_exceptions=False)
-    assert "which is trusted" in signed.output
+    assert "of the manifest by " in signed.output
     as_json = CliRunner().invoke(
         app, [*command, str(bundle.locate(store, "tiny", version)), "--json"]
     )

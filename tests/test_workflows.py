@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -146,6 +147,36 @@ def test_actionlint_finds_nothing() -> None:
     command = [program("actionlint"), *map(str, WORKFLOWS)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_cosign_signs_what_lies_in_dist(tmp_path: Path) -> None:
+    """By a key of one's own, with no service; of a file that was changed it says so."""
+    cosign = program("cosign")
+    packed = tmp_path / "dist" / "tiny-0123456789ab.tar.gz"
+    packed.parent.mkdir()
+    packed.write_bytes(b"a bundle")
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "COSIGN_PASSWORD": ""}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+
+    assert run(cosign, "generate-key-pair").returncode == 0
+    makefile = str(ROOT / "Makefile")
+    done = run("make", "-f", makefile, "sign-bundle", "COSIGN_KEY=cosign.key")
+    assert done.returncode == 0, done.stdout + done.stderr
+    check = [cosign, "verify-blob", "--key", "cosign.pub", "--insecure-ignore-tlog=true"]
+    check += ["--bundle", f"{packed}.sigstore.json", str(packed)]
+    assert run(*check).returncode == 0
+    packed.write_bytes(b"another one")
+    changed = run(*check)
+    assert changed.returncode != 0
+    assert "invalid signature" in changed.stderr
+    packed.unlink()
+    nothing = run("make", "-f", makefile, "sign-bundle", "COSIGN_KEY=cosign.key")
+    assert nothing.returncode != 0
+    assert "There is nothing in dist/" in nothing.stdout
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 The first request that waits for a model asks the event loop to call back, and whatever has arrived
 by then goes into the same run, so that batching adds no delay. Models of images take long: they run
 in a thread of their own, one batch at a time, and whatever arrives meanwhile is the next batch. So
-does a challenger, whatever it reads: one that hangs holds up nobody but itself.
+does a challenger, whatever it reads: one that hangs holds up nobody but itself. So do all models
+where the log waits for the disk (`serve.log.fsync: batch`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Waiting:
     """A request that waits for its batch."""
 
     request_id: str
-    records: list[Any]
+    records: Sequence[Any]
     serving: Serving
     role: Role
     since: float
@@ -43,6 +44,8 @@ class Waiting:
     deadline: float
     """When it waits no longer, and gets 504."""
     answered: asyncio.Future[tuple[Model, bytes]]
+    ran: tuple[float, float, int] | None = None
+    """Where requests are traced: when its batch began and ended, and the rows of that."""
 
 
 class Batches:
@@ -67,6 +70,8 @@ class Batches:
         self.model = model
         #: Rows that wait, those that are being decoded included.
         self.rows = 0
+        #: Whether anybody asks when a batch ran.
+        self.traced = False
         self._versions = versions
         self._log = log
         self._metrics = metrics
@@ -93,7 +98,9 @@ class Batches:
         self.rows += len(waiting.records)
         if not model.planned:
             model.planned = True
-            if model.codec.threaded or waiting.role == "challenger":
+            # A disk that is asked at every batch would hold up the event loop, too.
+            waits = model.codec.threaded or self._log.fsync == "batch"
+            if waits or waiting.role == "challenger":
                 task = asyncio.create_task(self._run(model), name=f"batches-{model.version}")
                 self._running.add(task)
                 task.add_done_callback(self._running.discard)
@@ -191,7 +198,7 @@ class Batches:
         return group
 
     def _ids(self, group: list[Waiting]) -> list[str]:
-        return [self._new_id() for waiting in group for _ in waiting.records]
+        return [self._new_id() for waiting in group for _ in range(len(waiting.records))]
 
     def _answer(self, model: Model, group: list[Waiting], ids: list[str]) -> list[Answer]:
         """Run a model for some requests and log the predictions. Maybe in a thread.
@@ -200,9 +207,15 @@ class Batches:
             ModelError: the model failed.
             RequestError: the log did.
         """
-        records = [r for waiting in group for r in waiting.records]
+        # One request's may be columns: they are taken apart only to be joined to others.
+        records = group[0].records if len(group) == 1 else [r for w in group for r in w.records]
         self._metrics.batch_rows.observe(len(records))
+        began = time.perf_counter()
         output, kept = model.run(records)
+        if self.traced:
+            ran = began, time.perf_counter(), len(records)
+            for waiting in group:
+                waiting.ran = ran
         if model.stopped:  # too late: others have answered
             raise ModelError(f"{model.version} {model.stopped}")
         answers = model.codec.answers(ids, output)
@@ -370,7 +383,7 @@ class Batches:
             Prediction(a.id, request_id, at, model.version, "shadow", a.prediction, a.score, record)
             for a, (request_id, _), record in zip(answers, asked, kept, strict=True)
         ]
-        self._log.append(model.schema, rows)
+        self._log.append(model.schema, rows, acknowledged=False)
         self._metrics.predictions(model.version, "shadow", [a.score for a in answers])
         self._metrics.logged_predictions.inc(len(rows))
         return [a.prediction for a in answers]

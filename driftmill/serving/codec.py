@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
+from itertools import chain
 from operator import attrgetter
-from typing import Annotated, Any, ClassVar, Literal, NoReturn
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, overload
 
 import msgspec
 import numpy as np
@@ -24,7 +25,7 @@ from driftmill.contract import Column, Contract, did_you_mean
 from driftmill.features import ID, MISSING, TIME, Signature
 from driftmill.serving.session import Session
 
-JSON = "application/json"
+JSON, ARROW = "application/json", "application/vnd.apache.arrow.stream"
 
 #: What a prediction id looks like: who made it (16 digits) and a counter (10 digits).
 ID_PATTERN = "^[0-9a-f]{26}$"
@@ -32,6 +33,14 @@ ID_PATTERN = "^[0-9a-f]{26}$"
 _LARGEST = float(np.finfo(np.float32).max)
 #: Times that every reader of the log can hold.
 _YEARS = range(1700, 2200)
+_TIME_OF_A_ROW = Annotated[
+    datetime,
+    Meta(
+        tz=True,
+        description="When it happened, RFC 3339, between 1700 and 2199.",
+        extra_json_schema={"pattern": "^(1[7-9]|2[01])[0-9]{2}-"},
+    ),
+]
 
 _AT = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>\$.*)`)?$", re.DOTALL)
 _FIELD = re.compile(r"Object (?:contains unknown|missing required) field `(?P<name>.*)`", re.DOTALL)
@@ -99,6 +108,42 @@ class GivenLabel(msgspec.Struct, gc=False):
     label: Any
 
 
+class Rows(Sequence[Any]):
+    """Records that are columns as long as nobody asks for one.
+
+    Args:
+        numeric: (rows, a) float32, as the model takes it.
+        text: (rows, b) str, as the model takes it.
+        make: gives the records.
+    """
+
+    def __init__(
+        self, numeric: np.ndarray, text: np.ndarray, make: Callable[[], list[Any]]
+    ) -> None:
+        self.numeric = numeric
+        self.text = text
+        self._make = make
+        self._records: list[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.numeric)
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Any]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return self._all()[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._all())
+
+    def _all(self) -> list[Any]:
+        if self._records is None:
+            self._records = self._make()
+        return self._records
+
+
 class Codec:
     """Decodes requests for one model and encodes its answers.
 
@@ -128,7 +173,7 @@ class Codec:
             [
                 *fields,
                 ("id", Annotated[str, Meta(max_length=512)] | None, None),
-                ("time", Annotated[datetime, Meta(tz=True)] | None, None),
+                ("time", _TIME_OF_A_ROW | None, None),
             ],
             rename=rename | {"id": ID, "time": TIME},
             forbid_unknown_fields=True,
@@ -163,12 +208,20 @@ class Codec:
         """Content types of `/predict` beside JSON, and what is sent with them, for OpenAPI."""
         return {}
 
+    def answer_content(self, answers: dict[str, Any]) -> dict[str, Any]:
+        """Content types of the answers of `/predict`, for OpenAPI.
+
+        Args:
+            answers: their schema in JSON.
+        """
+        return {JSON: {"schema": answers}}
+
     def check_kind(self, kind: str) -> None:
         """Raise RequestError (415) for a content type that `/predict` does not take."""
         if not is_json(kind):
             raise RequestError(415, "unsupported_media_type", f"Send Content-Type: {JSON}")
 
-    def records(self, body: bytes, kind: str = JSON) -> list[Any]:
+    def records(self, body: bytes, kind: str = JSON) -> Sequence[Any]:
         """The records of a request, not decoded yet.
 
         Raises:
@@ -185,11 +238,11 @@ class Codec:
                 )
         return records
 
-    def decode_now(self, records: list[Any]) -> list[Any] | None:
+    def decode_now(self, records: Sequence[Any]) -> Sequence[Any] | None:
         """As `decode`; None where that would hold the event loop up."""
         return self.decode(records)
 
-    def decode(self, records: list[Any]) -> list[Any]:
+    def decode(self, records: Sequence[Any]) -> Sequence[Any]:
         """Records as `run` takes them. Raises RequestError (413, 415, 422)."""
         return records
 
@@ -222,12 +275,17 @@ class Codec:
         labels = self.signature.labels
         if not labels:
             return [Answer(i, value) for i, value in zip(ids, values, strict=True)]
+        if len(labels) == 2:  # most models: no loop over labels
+            no, yes = labels
+            return [
+                Answer(i, yes if q > p else no, q, {no: p, yes: q})
+                for i, (p, q) in zip(ids, values, strict=True)
+            ]
         answers = []
         for i, row in zip(ids, values, strict=True):
             best = max(row)
             chosen = labels[row.index(best)]
-            score = row[1] if len(row) == 2 else best
-            answers.append(Answer(i, chosen, score, dict(zip(labels, row, strict=True))))
+            answers.append(Answer(i, chosen, best, dict(zip(labels, row, strict=True))))
         return answers
 
     def _decode(self, decoder: msgspec.json.Decoder[Any], body: bytes) -> Any:
@@ -272,31 +330,59 @@ class TableCodec(Codec):
 
     def __init__(self, signature: Signature, contract: Contract) -> None:
         names = {c.name: f"c{i}" for i, c in enumerate(signature.columns)}
+        rename = {attribute: name for name, attribute in names.items()}
         super().__init__(
             signature,
             contract,
             fields=[_field(names[c.name], c) for c in signature.columns],
-            rename={attribute: name for name, attribute in names.items()},
+            rename=rename,
             words={c.name: c.categories for c in signature.columns},
         )
+        self._numbers, self._texts = len(signature.numeric), len(signature.categorical)
         self._numeric = _getter([names[n] for n in signature.numeric])
         self._text = _getter([names[n] for n in signature.categorical])
         self._nullable_text = any(c.nullable for c in signature.columns if not c.is_numeric)
         self._booleans = [names[c.name] for c in signature.columns if c.type == "bool"]
         self._aliases = [(names[c.name], c.aliases) for c in signature.columns if c.aliases]
+        from driftmill.serving.arrow import Reader  # which needs this module
 
-    def records(self, body: bytes, kind: str = JSON) -> list[Any]:
-        """The records of a request. Raises RequestError (400, 422)."""
+        self._arrow = Reader(
+            signature,
+            rename | {"id": ID, "time": TIME},
+            _YEARS,
+            contract.serve.max_records,
+            contract.serve.max_body_bytes,
+        )
+
+    def content(self) -> dict[str, Any]:
+        """Content types of `/predict` beside JSON, and what is sent with them, for OpenAPI."""
+        return {ARROW: {}}
+
+    def answer_content(self, answers: dict[str, Any]) -> dict[str, Any]:
+        """Content types of the answers of `/predict`, for OpenAPI."""
+        return super().answer_content(answers) | {ARROW: {}}
+
+    def check_kind(self, kind: str) -> None:
+        """Raise RequestError (415) for a content type that `/predict` does not take."""
+        if not is_json(kind) and media_type(kind) != ARROW:
+            text = f"Send Content-Type: {JSON} or {ARROW}"
+            raise RequestError(415, "unsupported_media_type", text)
+
+    def records(self, body: bytes, kind: str = JSON) -> Sequence[Any]:
+        """The records of a request. Raises RequestError (400, 413, 422)."""
+        if not is_json(kind):
+            return self._arrow.rows(body)
         records = super().records(body)
         for name in self._booleans:
             for record in records:
                 value = getattr(record, name)
-                if value is not None:
-                    setattr(record, name, bool(value))
+                if value.__class__ is float:
+                    setattr(record, name, value == 1.0)
         for name, aliases in self._aliases:
             for record in records:
                 value = getattr(record, name)
-                setattr(record, name, aliases.get(value, value))
+                if value in aliases:
+                    setattr(record, name, aliases[value])
         return records
 
     def run(
@@ -307,12 +393,16 @@ class TableCodec(Codec):
 
     def arrays(self, records: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """The model's inputs, as `features.arrays` makes them: (rows, a) float32, (rows, b) str."""
+        if isinstance(records, Rows):
+            return records.numeric, records.text
         rows = len(records)
-        numeric = np.array([self._numeric(r) for r in records], np.float32).reshape(rows, -1)
-        texts = [self._text(r) for r in records]
+        numbers = chain.from_iterable(map(self._numeric, records))
+        numeric = np.fromiter(numbers, np.float32, rows * self._numbers)  # None becomes NaN
+        texts: Iterable[str | None] = chain.from_iterable(map(self._text, records))
         if self._nullable_text:
-            texts = [tuple(MISSING if v is None else v for v in row) for row in texts]
-        return numeric, np.array(texts, object).reshape(rows, -1)
+            texts = [MISSING if text is None else text for text in texts]
+        text = np.fromiter(texts, object, rows * self._texts)
+        return numeric.reshape(rows, self._numbers), text.reshape(rows, self._texts)
 
 
 def _getter(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:

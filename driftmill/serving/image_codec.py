@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from msgspec import Meta
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import Field, File, FormParser, parse_options_header
 
@@ -67,9 +69,13 @@ class ImageCodec(Codec):
     threaded: ClassVar[bool] = True
 
     def __init__(self, signature: Signature, contract: Contract) -> None:
-        super().__init__(signature, contract, fields=[(FIELD, bytes)], rename={}, words={FIELD: ()})
         assert signature.image is not None
         self.image = signature.image
+        # JSON Schema cannot say what an image is: one that is taken stands in its place.
+        black = np.zeros((self.image.channels, *self.image.size), np.uint8)
+        example = base64.b64encode(images.to_png(black)).decode()
+        file = Annotated[bytes, Meta(min_length=1, examples=[example])]
+        super().__init__(signature, contract, fields=[(FIELD, file)], rename={}, words={FIELD: ()})
         self._small = self.image.model_copy(
             update={"max_pixels": min(SMALL_PIXELS, self.image.max_pixels)}
         )
@@ -99,7 +105,7 @@ class ImageCodec(Codec):
             text = f"Send Content-Type: {', '.join((JSON, FORM, *self._raw))}"
             raise RequestError(415, "unsupported_media_type", text)
 
-    def records(self, body: bytes, kind: str = JSON) -> list[Any]:
+    def records(self, body: bytes, kind: str = JSON) -> Sequence[Any]:
         """The images of a request as they came. Raises RequestError (400, 415, 422)."""
         if is_json(kind):
             return super().records(body)
@@ -107,7 +113,7 @@ class ImageCodec(Codec):
             return [Upload(content) for content in self._files(body, kind)]
         return [Upload(body)]
 
-    def decode_now(self, records: list[Any]) -> list[Any] | None:
+    def decode_now(self, records: Sequence[Any]) -> Sequence[Any] | None:
         """As `decode`; None where that would hold the event loop up."""
         if sum(len(r.image) for r in records) > SMALL_BYTES:
             return None
@@ -121,7 +127,7 @@ class ImageCodec(Codec):
                 raise _refusal(error, record, index) from None
         return decoded
 
-    def decode(self, records: list[Any]) -> list[Any]:
+    def decode(self, records: Sequence[Any]) -> Sequence[Any]:
         """The images as the model sees them. Raises RequestError (413, 415, 422)."""
         decoded = []
         for index, record in enumerate(records):

@@ -90,7 +90,10 @@ class Metrics:
             "model_feedback", "Labels accepted by /feedback.", one, registry=add
         ).labels(model)
         self._explanations = Counter(
-            "model_explanations", "Requests to /explain, by status.", ["model", "code"], registry=add
+            "model_explanations",
+            "Requests to /explain, by status.",
+            ["model", "code"],
+            registry=add,
         )
         self._explanation_seconds = Histogram(
             "model_explanation_duration_seconds",
@@ -101,6 +104,12 @@ class Metrics:
         ).labels(model)
         self.rejected = Counter(
             "model_overload", "Requests turned away because too many waited.", one, registry=add
+        ).labels(model)
+        self.unauthorized = Counter(
+            "model_unauthorized", "Requests without a right to what they asked.", one, registry=add
+        ).labels(model)
+        self.rate_limited = Counter(
+            "model_rate_limited", "Requests of clients beyond their rate.", one, registry=add
         ).labels(model)
         self.shadow_dropped = Counter(
             "model_shadow_dropped_rows", "Rows that the shadow was too slow for.", one, registry=add

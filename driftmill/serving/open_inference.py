@@ -3,8 +3,13 @@
 https://github.com/kserve/open-inference-protocol: tensors in, tensors out. A model of tables takes
 one tensor a column, of shape [rows] or [rows, 1]; a column that may be missing may be left out, and
 a missing value is `null` or NaN. A model of images takes one tensor `image` of BYTES, each an image
-file as base64. What comes out are `prediction`, of a classification also `score` and
+file, as base64 in JSON. What comes out are `prediction`, of a classification also `score` and
 `probabilities` [rows, labels], and `prediction_id`, by which labels can be given later.
+
+Tensors may also be binary, as Triton's extension of the protocol has it
+(https://github.com/triton-inference-server/server, `extension_binary_data.md`): the header
+`Inference-Header-Content-Length` says where the JSON ends and the values begin, little-endian and
+row by row, texts each after its length in four bytes.
 
 Requests become those of `/predict`, so that there is one set of rules for what is valid; nothing
 here is on that one's way.
@@ -17,6 +22,7 @@ from importlib.metadata import version
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from driftmill.contract import did_you_mean
 from driftmill.features import Signature
@@ -24,11 +30,15 @@ from driftmill.serving.codec import Answers, RequestError
 
 #: Data types of columns, by the contract's names; what each may be given as.
 DATATYPES = {"float": "FP64", "int": "INT64", "bool": "BOOL", "category": "BYTES"}
-_NUMBERS = (
-    *("BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64"),
-    *("FP16", "FP32", "FP64"),
-)
+#: Data types that any column of numbers may be given as, and what they are in binary.
+_NUMBERS = {
+    **{"BOOL": "?", "UINT8": "<u1", "UINT16": "<u2", "UINT32": "<u4", "UINT64": "<u8"},
+    **{"INT8": "<i1", "INT16": "<i2", "INT32": "<i4", "INT64": "<i8"},
+    **{"FP16": "<f2", "FP32": "<f4", "FP64": "<f8"},
+}
 _IMAGE = "image"
+#: Content type of bodies with binary tensors, and the header that says how long their JSON is.
+BINARY, JSON_SIZE = "application/octet-stream", b"inference-header-content-length"
 
 
 class Tensor(msgspec.Struct, kw_only=True):
@@ -63,7 +73,32 @@ _answers = msgspec.json.Decoder(Answers)
 
 def server_metadata() -> dict[str, Any]:
     """The answer to `GET /v2`."""
-    return {"name": "driftmill", "version": version("driftmill"), "extensions": []}
+    extensions = ["binary_tensor_data"]
+    return {"name": "driftmill", "version": version("driftmill"), "extensions": extensions}
+
+
+def outputs(signature: Signature) -> dict[str, tuple[str, list[int]]]:
+    """A model's outputs: data type and shape of each, -1 for the rows."""
+    if not signature.labels:
+        return {"prediction": ("FP64", [-1]), "prediction_id": ("BYTES", [-1])}
+    return {
+        "prediction": ("BYTES", [-1]),
+        "score": ("FP64", [-1]),
+        "probabilities": ("FP64", [-1, len(signature.labels)]),
+        "prediction_id": ("BYTES", [-1]),
+    }
+
+
+def inputs(signature: Signature) -> dict[str, tuple[str, ...]]:
+    """A model's inputs: data types that each may be given as, the best one first."""
+    if signature.image is not None:
+        return {_IMAGE: ("BYTES",)}
+    return {
+        column.name: tuple(dict.fromkeys((DATATYPES[column.type], *_NUMBERS)))
+        if column.is_numeric
+        else ("BYTES",)
+        for column in signature.columns
+    }
 
 
 def model_metadata(model: str, versions: list[str], signature: Signature) -> dict[str, Any]:
@@ -74,35 +109,27 @@ def model_metadata(model: str, versions: list[str], signature: Signature) -> dic
         versions: those that serve, the champion first.
         signature: the champion's.
     """
-    if signature.image is not None:
-        inputs = [{"name": _IMAGE, "datatype": "BYTES", "shape": [-1]}]
-    else:
-        inputs = [
-            {"name": c.name, "datatype": DATATYPES[c.type], "shape": [-1]}
-            for c in signature.columns
-        ]
-    answer = "BYTES" if signature.labels else "FP64"
-    outputs = [{"name": "prediction", "datatype": answer, "shape": [-1]}]
-    if signature.labels:
-        outputs += [
-            {"name": "score", "datatype": "FP64", "shape": [-1]},
-            {"name": "probabilities", "datatype": "FP64", "shape": [-1, len(signature.labels)]},
-        ]
-    outputs.append({"name": "prediction_id", "datatype": "BYTES", "shape": [-1]})
     return {
         "name": model,
         "versions": versions,
         "platform": "onnxruntime_onnx",
-        "inputs": inputs,
-        "outputs": outputs,
+        "inputs": [
+            {"name": name, "datatype": datatypes[0], "shape": [-1]}
+            for name, datatypes in inputs(signature).items()
+        ],
+        "outputs": [
+            {"name": name, "datatype": datatype, "shape": shape}
+            for name, (datatype, shape) in outputs(signature).items()
+        ],
     }
 
 
-def to_predict(body: bytes, signature: Signature) -> tuple[bytes, Request]:
+def to_predict(body: bytes, json_size: bytes | None, signature: Signature) -> tuple[bytes, Request]:
     """The body of `POST /predict` that asks the same.
 
     Args:
         body: of the request.
+        json_size: its header `JSON_SIZE`; None: all of it is JSON.
         signature: what the model takes.
 
     Returns:
@@ -111,20 +138,28 @@ def to_predict(body: bytes, signature: Signature) -> tuple[bytes, Request]:
     Raises:
         RequestError: 400 where it is not JSON, 422 where tensors and model do not fit.
     """
+    size = len(body)
+    if json_size is not None:
+        size = int(json_size[:20]) if json_size.isdigit() else -1
+        if not 0 <= size <= len(body):
+            raise RequestError(
+                400, "invalid_header", "Inference-Header-Content-Length is no length in the body"
+            )
     try:
-        request = _decoder.decode(body)
+        request = _decoder.decode(memoryview(body)[:size])
     except msgspec.ValidationError as error:
         raise RequestError(422, "invalid_field", str(error)) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(400, "invalid_json", f"The body is not valid JSON: {error}") from None
     if not request.inputs:
         raise RequestError(422, "invalid_field", "One input is needed at least", "$.inputs")
-    names = {c.name: c for c in signature.columns} if signature.image is None else {_IMAGE: None}
+    known = inputs(signature)
+    truths = {column.name for column in signature.columns if column.type == "bool"}
     columns: dict[str, list[Any]] = {}
     for index, tensor in enumerate(request.inputs):
         path = f"$.inputs[{index}]"
-        if tensor.name not in names:
-            near = did_you_mean(tensor.name, list(names))
+        if tensor.name not in known:
+            near = did_you_mean(tensor.name, list(known))
             raise RequestError(
                 422,
                 "invalid_field",
@@ -135,26 +170,28 @@ def to_predict(body: bytes, signature: Signature) -> tuple[bytes, Request]:
             raise RequestError(
                 422, "invalid_field", f"The input {tensor.name!r} is given twice", f"{path}.name"
             )
-        column = names[tensor.name]
-        is_text = column is None or not column.is_numeric
-        if (tensor.datatype == "BYTES") != is_text or tensor.datatype not in ("BYTES", *_NUMBERS):
-            needed = "BYTES" if is_text else DATATYPES[column.type] if column else "BYTES"
+        if tensor.datatype not in known[tensor.name]:
             raise RequestError(
                 422,
                 "invalid_field",
-                f"{tensor.name} takes {needed}, got {tensor.datatype!r}",
+                f"{tensor.name} takes {known[tensor.name][0]}, got {tensor.datatype!r}",
                 f"{path}.datatype",
             )
-        is_bool = column is not None and column.type == "bool"
-        columns[tensor.name] = _values(tensor, path, truth=is_bool)
+        length = (tensor.parameters or {}).get("binary_data_size")
+        if length is not None:
+            tensor.data = _unpack(tensor, _part(body, size, length, path), path)
+            if tensor.datatype == "BYTES" and signature.image is None:
+                tensor.data = _texts(tensor.data, path)
+            size += length
+        columns[tensor.name] = _values(tensor, path, truth=tensor.name in truths)
+    if size != len(body):
+        raise RequestError(422, "invalid_binary", "More bytes follow than the inputs have")
     rows = {len(values) for values in columns.values()}
     if len(rows) > 1:
         raise RequestError(
             422, "invalid_field", "The inputs differ in their number of rows", "$.inputs"
         )
-    wanted = {"prediction", "prediction_id"} | (
-        {"score", "probabilities"} if signature.labels else set()
-    )
+    wanted = list(outputs(signature))
     for index, output in enumerate(request.outputs or ()):
         if output.name not in wanted:
             raise RequestError(
@@ -165,6 +202,46 @@ def to_predict(body: bytes, signature: Signature) -> tuple[bytes, Request]:
             )
     records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return msgspec.json.encode({"records": records}), request
+
+
+def _part(body: bytes, start: int, length: Any, path: str) -> bytes:
+    """The bytes of one tensor."""
+    if not isinstance(length, int) or not 0 <= length <= len(body) - start:
+        raise RequestError(
+            422,
+            "invalid_binary",
+            "Not so many bytes follow",
+            f"{path}.parameters.binary_data_size",
+        )
+    return body[start : start + length]
+
+
+def _unpack(tensor: Tensor, content: bytes, path: str) -> list[Any]:
+    """The values of a binary tensor; BYTES stay bytes."""
+    if tensor.datatype != "BYTES":
+        kind = np.dtype(_NUMBERS[tensor.datatype])
+        if len(content) % kind.itemsize:
+            raise RequestError(
+                422, "invalid_binary", f"Of {tensor.datatype} there is half a value", path
+            )
+        numbers: list[Any] = np.frombuffer(content, kind).tolist()
+        return numbers
+    values = []
+    at = 0
+    while at < len(content):
+        start = at + 4
+        at = start + int.from_bytes(content[at:start], "little")
+        if at > len(content) or start > len(content):
+            raise RequestError(422, "invalid_binary", "A text is longer than the tensor", path)
+        values.append(content[start:at])
+    return values
+
+
+def _texts(values: list[Any], path: str) -> list[Any]:
+    try:
+        return [value.decode() for value in values]
+    except UnicodeDecodeError:
+        raise RequestError(422, "invalid_binary", "A text is not UTF-8", path) from None
 
 
 def _values(tensor: Tensor, path: str, *, truth: bool) -> list[Any]:
@@ -178,12 +255,7 @@ def _values(tensor: Tensor, path: str, *, truth: bool) -> list[Any]:
             f"{path}.shape",
         )
     if tensor.data is None:
-        raise RequestError(
-            422,
-            "invalid_field",
-            "Send `data` as JSON; binary tensors are not taken",
-            f"{path}.data",
-        )
+        raise RequestError(422, "invalid_field", "The field 'data' is needed", f"{path}.data")
     values = [v[0] if isinstance(v, list) and len(v) == 1 else v for v in tensor.data]
     if len(values) != size:
         raise RequestError(
@@ -197,7 +269,9 @@ def _values(tensor: Tensor, path: str, *, truth: bool) -> list[Any]:
     return values
 
 
-def from_predict(body: bytes, request: Request, request_id: str, signature: Signature) -> bytes:
+def from_predict(
+    body: bytes, request: Request, request_id: str, signature: Signature
+) -> tuple[bytes, int | None]:
     """The answer to a request of this protocol.
 
     Args:
@@ -205,30 +279,53 @@ def from_predict(body: bytes, request: Request, request_id: str, signature: Sign
         request: as `to_predict` gave it.
         request_id: the answer's `id`, where the request has none.
         signature: what the model gives.
+
+    Returns:
+        The body, and how much of it is JSON; None: all.
     """
     answers = _answers.decode(body)
-    predictions = answers.predictions
-    rows = len(predictions)
-    kind = "BYTES" if signature.labels else "FP64"
-    outputs = [_output("prediction", kind, [rows], [p.prediction for p in predictions])]
-    if signature.labels:
-        spread = [(p.probabilities or {})[label] for p in predictions for label in signature.labels]
-        shape = [rows, len(signature.labels)]
-        outputs.append(_output("score", "FP64", [rows], [p.score for p in predictions]))
-        outputs.append(_output("probabilities", "FP64", shape, spread))
-    outputs.append(_output("prediction_id", "BYTES", [rows], [p.id for p in predictions]))
-    if request.outputs:
-        by_name = {o["name"]: o for o in outputs}
-        outputs = [by_name[output.name] for output in request.outputs]
-    return msgspec.json.encode(
+    rows = len(answers.predictions)
+    named: dict[str, list[Any]] = {
+        "prediction": [p.prediction for p in answers.predictions],
+        "score": [p.score for p in answers.predictions],
+        "probabilities": [
+            (p.probabilities or {})[label]
+            for p in answers.predictions
+            for label in signature.labels
+        ],
+        "prediction_id": [p.id for p in answers.predictions],
+    }
+    known = outputs(signature)
+    binary = bool((request.parameters or {}).get("binary_data_output"))
+    tensors: list[dict[str, Any]] = []
+    parts: list[bytes] = []
+    for wanted in request.outputs or [_Wanted(name) for name in known]:
+        datatype, shape = known[wanted.name]
+        tensor: dict[str, Any] = {
+            "name": wanted.name,
+            "datatype": datatype,
+            "shape": [rows, *shape[1:]],
+        }
+        if (wanted.parameters or {}).get("binary_data", binary):
+            parts.append(_pack(named[wanted.name], datatype))
+            tensor["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            tensor["data"] = named[wanted.name]
+        tensors.append(tensor)
+    head = msgspec.json.encode(
         {
             "model_name": answers.model,
             "model_version": answers.version,
             "id": request.id or request_id,
-            "outputs": outputs,
+            "outputs": tensors,
         }
     )
+    return b"".join([head, *parts]), len(head) if parts else None
 
 
-def _output(name: str, datatype: str, shape: list[int], data: list[Any]) -> dict[str, Any]:
-    return {"name": name, "datatype": datatype, "shape": shape, "data": data}
+def _pack(values: list[Any], datatype: str) -> bytes:
+    """The values of a tensor in binary."""
+    if datatype != "BYTES":
+        return np.array(values, _NUMBERS[datatype]).tobytes()
+    texts = [value.encode() for value in values]
+    return b"".join(len(text).to_bytes(4, "little") + text for text in texts)

@@ -3,9 +3,9 @@
 One process, one event loop. A request is read and checked here, waits for its batch (`batches`) of
 the version that serves (`versions`), and is answered. Images are decoded in threads, unless tiny.
 
-Routes: `POST /predict`, `POST /explain`, `POST /feedback`, `GET /model`, `/livez`, `/readyz`, `/metrics`,
-`/docs.json`, and the Open Inference Protocol below `/v2`. All other paths go to the application
-that the handler is wrapped around.
+Routes: `POST /predict`, `POST /explain`, `POST /feedback`, `GET /model`, `/livez`, `/readyz`,
+`/metrics`, `/docs.json`, and the Open Inference Protocol below `/v2`. All other paths go to the
+application that the handler is wrapped around.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from driftmill import rollout
 from driftmill.home import cores
-from driftmill.serving import open_inference
+from driftmill.serving import arrow, open_inference
 from driftmill.serving.batches import RETRY, Batches, Waiting, too_late
-from driftmill.serving.codec import JSON, RequestError, is_json
+from driftmill.serving.codec import ARROW, JSON, RequestError, is_json, media_type
 from driftmill.serving.explain import Explainer
 from driftmill.serving.log import Label, Log, now_us
 from driftmill.serving.metrics import CONTENT_TYPE, Metrics
 from driftmill.serving.openapi import openapi
+from driftmill.serving.tracing import Lines, Tracing
 from driftmill.serving.versions import Model, Serving, Versions
 from driftmill.store import Store
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import Span
 
 logger = logging.getLogger(__name__)
 
@@ -59,10 +63,14 @@ _METHODS = {
     "/metrics": ("GET", "HEAD"),
     "/docs.json": ("GET", "HEAD"),
 }
+#: Paths of one model, but for the Open Inference Protocol's.
+ROUTES = frozenset(_METHODS)
 #: Paths of the Open Inference Protocol begin so.
 _V2 = "/v2"
 _JSON = (b"content-type", b"application/json")
+_ARROW = (b"content-type", ARROW.encode())
 _CLOSE = (b"connection", b"close")
+_PATIENCE = b"x-request-timeout"
 _V2_MODEL = re.compile(
     r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<rest>infer|ready))?/?"
 )
@@ -79,8 +87,12 @@ class Request:
     """By what the rollout chooses who answers; empty: by `id`."""
     kind: str = JSON
     """Content type."""
+    wants: str = JSON
+    """Content type of the answer."""
     patience: float | None = None
     """Seconds that its client waits; None: as long as the contract says."""
+    span: Span | None = None
+    """Of its trace; None where nobody asked for any."""
 
 
 @dataclass
@@ -109,7 +121,11 @@ class Server:
         self.versions = Versions(store, model, cache, self.metrics, self._set_up)
         self.batches = Batches(model, self.versions, self.log, self.metrics, self.new_id)
         self.explainer = Explainer(store, model)
+        self.lines = Lines(model)
+        self._tracing: Tracing | None = None
         self.draining = False
+        #: Where its paths are, if it is not the only model.
+        self.prefix = ""
         self._id_prefix = secrets.token_hex(8)
         self._id_count = 0
         self._requests = 0
@@ -145,12 +161,17 @@ class Server:
         await asyncio.to_thread(self.explainer.stop)
         await asyncio.to_thread(self._decoders.shutdown)
         await asyncio.to_thread(self.log.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.stop)
+
+    def trace(self, tracing: Tracing) -> None:
+        """Make a span of every request from now on, and send what is left at the stop."""
+        self._tracing = tracing
+        self.batches.traced = True
 
     def _set_up(self, champion: Model) -> None:
         """Take a new champion's settings."""
-        settings = champion.settings.log
-        self.log.rotate_rows = settings.rotate_rows
-        self.log.rotate = settings.rotate
+        self.log.configure(champion.settings.log)
 
     # Requests
 
@@ -161,7 +182,10 @@ class Server:
         asks = path == "/predict" or (is_v2 and path.endswith("/infer"))
         started = time.perf_counter()
         request_id = ""
-        version = ""
+        version = why = ""
+        tracing, span = self._tracing, None
+        if tracing is not None and scope["method"] == "POST":
+            span = tracing.begin(scope)
         self._requests += 1
         try:
             methods = _METHODS.get(path) or _v2_methods(path)
@@ -176,7 +200,8 @@ class Server:
             if asks:
                 request = await self._receive(scope, receive)
                 request_id = request.id
-                answer = self._infer(path, request) if is_v2 else self.predict(request)
+                request.span = span
+                answer = self._infer(scope, request) if is_v2 else self.predict(request)
                 champion = self._serving().champion
                 if champion.codec.threaded:
                     wait = _most(champion.settings.timeout, request.patience)
@@ -197,6 +222,7 @@ class Server:
         except RequestError as error:
             content = json.dumps({"error": error.message}).encode() if is_v2 else error.body()
             response = Response(error.status, content, [_JSON, *error.headers])
+            why = error.message
         finally:
             self._requests -= 1
         if request_id:
@@ -209,6 +235,12 @@ class Server:
             self.metrics.seconds.observe(time.perf_counter() - started)
         elif path == "/explain":
             self.metrics.explained(response.status, time.perf_counter() - started)
+        if tracing is not None and span is not None:
+            ended = span, _route(path), response.status, self.model, version, request_id
+            response.headers.append(tracing.end(*ended))
+        if response.status >= 400 or self.lines.every:
+            seconds = time.perf_counter() - started
+            self.lines.write(scope, response.status, seconds, request_id, version, why, span)
         await send(
             {
                 "type": "http.response.start",
@@ -248,8 +280,14 @@ class Server:
                 batches.rows -= len(records)
         deadline = since + _most(champion.settings.timeout, request.patience)
         answered: asyncio.Future[tuple[Model, bytes]] = loop.create_future()
-        batches.put(Waiting(request.id, decoded, serving, role, since, deadline, answered))
+        waiting = Waiting(request.id, decoded, serving, role, since, deadline, answered)
+        batches.put(waiting)
         model, body = await answered
+        if self._tracing is not None and request.span is not None:
+            self._tracing.answered(request.span, waiting, model)
+        if request.wants == ARROW:
+            body = arrow.answer(body, codec.signature)
+            return Response(200, body, [_ARROW, model.header]), model.version
         return Response(200, body, [_JSON, model.header]), model.version
 
     def feedback(self, body: bytes) -> Response:
@@ -274,13 +312,20 @@ class Server:
         body = await self.explainer.explain(model, request.body, request.kind)
         return Response(200, body, [_JSON, model.header]), model.version
 
-    async def _infer(self, path: str, request: Request) -> tuple[Response, str]:
+    async def _infer(self, scope: Scope, request: Request) -> tuple[Response, str]:
         """The answer to an inference request of the Open Inference Protocol, and who gave it."""
-        _, named, _ = self._named(path)
+        _, named, _ = self._named(scope["path"])
         signature = self._serving().champion.bundle.signature
-        request.body, asked = open_inference.to_predict(request.body, signature)
+        size = dict(scope["headers"]).get(open_inference.JSON_SIZE)
+        request.body, asked = open_inference.to_predict(request.body, size, signature)
+        request.kind = JSON
         response, version = await self.predict(request, named)
-        response.body = open_inference.from_predict(response.body, asked, request.id, signature)
+        response.body, json_size = open_inference.from_predict(
+            response.body, asked, request.id, signature
+        )
+        if json_size is not None:
+            response.headers[0] = (b"content-type", open_inference.BINARY.encode())
+            response.headers.append((open_inference.JSON_SIZE, str(json_size).encode()))
         return response, version
 
     def _get_v2(self, path: str) -> Response:
@@ -289,15 +334,15 @@ class Server:
             case "":
                 return Response(200, json.dumps(open_inference.server_metadata()).encode())
             case "health/live":
-                return self._get("/livez")
+                return _flag(self.alive, {"live": self.alive})
             case "health/ready":
-                return self._get("/readyz")
+                return _flag(self.ready, {"ready": self.ready})
         model, version, rest = self._named(path)
         serving = self._serving()
         if version is not None:
             serving.role_of(version)
         if rest == "ready":
-            return self._get("/readyz")
+            return _flag(self.ready, {"name": model, "ready": self.ready})
         versions = [m.version for m in (serving.champion, serving.challenger) if m is not None]
         signature = serving.champion.bundle.signature
         metadata = open_inference.model_metadata(model, versions, signature)
@@ -322,16 +367,18 @@ class Server:
     async def _receive(self, scope: Scope, receive: Receive) -> Request:
         """A request with its body. Raises RequestError."""
         headers = dict(scope["headers"])
-        request_id = _visible(headers, b"x-request-id", "X-Request-Id") or self.new_id()
-        key = _visible(headers, b"x-routing-key", "X-Routing-Key")
+        request_id = _visible(headers, "X-Request-Id") if b"x-request-id" in headers else ""
+        key = _visible(headers, "X-Routing-Key") if b"x-routing-key" in headers else ""
+        patience = _patience(headers[_PATIENCE]) if _PATIENCE in headers else None
         kind = headers.get(b"content-type", _JSON[1]).decode("latin-1")
-        encoding = headers.get(b"content-encoding", b"identity")
         champion = self._serving().champion
         if scope["path"] in ("/predict", "/explain"):
             champion.codec.check_kind(kind)
-        elif not is_json(kind):
+        elif not is_json(kind) and not (
+            media_type(kind) == open_inference.BINARY and scope["path"].endswith("/infer")
+        ):
             raise RequestError(415, "unsupported_media_type", f"Send Content-Type: {JSON}")
-        if encoding.strip().lower() not in (b"", b"identity"):
+        if headers.get(b"content-encoding", b"").strip().lower() not in (b"", b"identity"):
             raise RequestError(415, "unsupported_encoding", "Send the body uncompressed")
         if self._requests > MAX_REQUESTS:
             self.metrics.rejected.inc()
@@ -360,7 +407,10 @@ class Server:
                 ) from None
         if len(body) > limit:
             raise _too_large(limit)
-        return Request(body, request_id, key, kind, _patience(headers))
+        wants = JSON
+        if ARROW in kind and ARROW.encode() in headers.get(b"accept", b""):
+            wants = ARROW
+        return Request(body, request_id or self.new_id(), key, kind, wants, patience)
 
     def _get(self, path: str) -> Response:
         match path:
@@ -378,7 +428,10 @@ class Server:
                 return Response(200, self.metrics.render(), headers)
             case "/docs.json":
                 serving = self.versions.serving
-                document = openapi(self.model, serving.champion.codec if serving else None)
+                champion = serving.champion if serving else None
+                codec = champion.codec if champion else None
+                explains = champion.settings.explain if champion else None
+                document = openapi(self.model, codec, explains, self.prefix)
                 return Response(200, json.dumps(document).encode())
             case _:
                 return Response(200, json.dumps(self.describe()).encode())
@@ -416,6 +469,21 @@ class Server:
 def ours(path: str) -> bool:
     """Whether the handler answers a path."""
     return path in _METHODS or path == _V2 or path.startswith(f"{_V2}/")
+
+
+def _flag(good: bool, body: dict[str, Any]) -> Response:
+    """The answer to a probe."""
+    if good:
+        return Response(200, json.dumps(body).encode())
+    return Response(503, json.dumps(body).encode(), [_JSON, RETRY])
+
+
+def _route(path: str) -> str:
+    """A path without what it names, of which there may be many."""
+    if path in _METHODS:
+        return path
+    version = "/versions/{version}" if "/versions/" in path else ""
+    return f"{_V2}/models/{{model}}{version}/infer"
 
 
 def _v2_methods(path: str) -> tuple[str, ...]:
@@ -472,15 +540,12 @@ def _too_large(limit: int) -> RequestError:
     )
 
 
-def _visible(headers: dict[bytes, bytes], name: bytes, shown: str) -> str:
-    """The value of a header that names something; empty without it. Raises RequestError (400)."""
-    value = headers.get(name)
-    if not value:
-        return ""
-    text = value.decode("latin-1")
+def _visible(headers: dict[bytes, bytes], name: str) -> str:
+    """The value of a header that names something. Raises RequestError (400)."""
+    text = headers[name.lower().encode()].decode("latin-1")
     if len(text) > 128 or not (text.isascii() and text.isprintable()):
-        code = f"invalid_{name.decode().removeprefix('x-').replace('-', '_')}"
-        raise RequestError(400, code, f"{shown} takes at most 128 visible ASCII characters")
+        code = f"invalid_{name.lower().removeprefix('x-').replace('-', '_')}"
+        raise RequestError(400, code, f"{name} takes at most 128 visible ASCII characters")
     return text
 
 
@@ -489,11 +554,8 @@ def _most(allowed: float, patience: float | None) -> float:
     return allowed if patience is None else min(allowed, patience)
 
 
-def _patience(headers: dict[bytes, bytes]) -> float | None:
-    """Seconds that a client waits, if it says so. Raises RequestError (400)."""
-    value = headers.get(b"x-request-timeout")
-    if value is None:
-        return None
+def _patience(value: bytes) -> float:
+    """Seconds that a client says it waits. Raises RequestError (400)."""
     try:
         seconds = float(value)
     except ValueError:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +26,15 @@ LOAD = Path("benchmarks/load.py").read_text()
 PATIENCE, SOON = 300, 60
 #: Seconds between two looks at what cannot be watched.
 AGAIN = 0.5
+#: Writes files into a folder, by name.
+WRITE = """
+import os
+os.mkdir({folder!r})
+for name, text in {files!r}.items():
+    with open(os.path.join({folder!r}, name), "w") as file:
+        file.write(text)
+print(0)
+"""
 INSTANCE = "app.kubernetes.io/instance"
 COMPONENT = "app.kubernetes.io/component"
 
@@ -60,6 +70,12 @@ class Release:
     def url(self, model: str = "payments", port: int = 3000, suffix: str = "") -> str:
         """Where a part of a model answers, from any namespace."""
         return f"http://{self.name}-driftmill-{model}{suffix}.{self.namespace.name}:{port}"
+
+    def tokens(self, model: str = "payments") -> dict[str, str]:
+        """Those that a model's service asks for, by right."""
+        name = f"{self.name}-driftmill-{model}-access"
+        found = self.namespace.cluster.core.read_namespaced_secret(name, self.namespace.name)
+        return {right: b64decode(token).decode() for right, token in found.data.items()}
 
     def helm(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         """Run helm in its namespace."""
@@ -226,11 +242,15 @@ class Client:
             yield traffic
 
     @contextmanager
-    def load(self, url: str, requests: int = 0, connections: int = 4) -> Iterator[Traffic]:
+    def load(self, release: Release, requests: int = 0, connections: int = 4) -> Iterator[Traffic]:
         """Predictions over kept connections, from before the block until it ends."""
+        tokens = f"/tmp/tokens-{time.monotonic_ns()}"
+        execute(self.namespace, "load", WRITE.format(folder=tokens, files=release.tokens()))
         stop = f"/tmp/stop-{time.monotonic_ns()}"
         options = ["--until", stop, "--requests", str(requests), "--connections", str(connections)]
-        command = kubectl(self.namespace, "exec", "load", "--", "python3", "-c", LOAD, url)
+        options += ["--tokens", tokens]
+        code = ("exec", "load", "--", "python3", "-c", LOAD)
+        command = kubectl(self.namespace, *code, release.url())
         with self._run([*command, *options]) as (_, traffic):
             yield traffic
             execute(self.namespace, "load", f"open({stop!r}, 'w').close()\nprint(0)")

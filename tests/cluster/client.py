@@ -27,10 +27,11 @@ def bucket(name: str) -> str:
     return name
 
 
-def ask(url: str, body: Any = None) -> Any:
-    """The JSON that a URL answers."""
+def ask(url: str, token: str, body: Any = None) -> Any:
+    """The JSON that a URL answers to whoever has a token."""
     content = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, content, {"content-type": "application/json"})
+    headers = {"content-type": "application/json", "authorization": f"Bearer {token}"}
+    request = urllib.request.Request(url, content, headers)
     return json.load(urllib.request.urlopen(request, timeout=10))
 
 
@@ -48,15 +49,15 @@ def until(holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     raise SystemExit(f"after {seconds:.0f} s: {problem}")
 
 
-def predicted(url: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def predicted(url: str, token: str, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The first answer to these records, and when it came."""
-    answer = until(lambda: ask(f"{url}/predict", {"records": list(records)}))
+    answer = until(lambda: ask(f"{url}/predict", token, {"records": list(records)}))
     return {"at": time.time(), "answer": answer}
 
 
-def serving(addresses: Sequence[str], version: str) -> float:
+def serving(addresses: Sequence[str], token: str, version: str) -> float:
     """When all of these services serve a version."""
-    until(lambda: all(ask(f"{a}/model")["version"] == version for a in addresses))
+    until(lambda: all(ask(f"{a}/model", token)["version"] == version for a in addresses))
     return time.time()
 
 
@@ -70,7 +71,9 @@ def reachable(host: str, port: int) -> bool:
     return bool(until(connects, 60))
 
 
-def replayed(url: str, contract: str, rate: float, batch: int, first: int = 0) -> dict[str, Any]:
+def replayed(
+    url: str, tokens: dict[str, str], contract: str, rate: float, batch: int, first: int = 0
+) -> dict[str, Any]:
     """Send a contract's stream from a row on, with labels, until the input ends."""
     from driftmill import contract as contracts
     from driftmill.data import sources
@@ -103,6 +106,8 @@ def replayed(url: str, contract: str, rate: float, batch: int, first: int = 0) -
             label_delay=0.5,
             on_progress=progress,
             stop_event=stop,
+            token=tokens["predict"],
+            feedback_token=tokens["feedback"],
         )
         if not stop.is_set():
             raise SystemExit("the stream ended before it was told to")

@@ -166,7 +166,9 @@ def release(
     made = Release(prepared(new_namespace()), "shop", (release_values, folder / "settings.yaml"))
     began = time.time()
     made.apply("install", wait=False)
-    first = client.call("predicted", url=made.url(), records=[record])
+    first = client.call(
+        "predicted", url=made.url(), token=made.tokens()["predict"], records=[record]
+    )
     print(f"\nfrom helm install to the first prediction: {first['at'] - began:.1f} s")
     made.until_ready(REPLICAS, "service")
     made.until_ready(1, "monitor")
@@ -299,13 +301,16 @@ def test_drift_becomes_a_better_model_without_one_failed_request(
     release: Release, neighbour: Release, prometheus: Prometheus, client: Client, contract: str
 ) -> None:
     pods = [f"http://{p['status']['podIP']}:3000" for p in release.pods("service")]
-    with client.replay(url=release.url(), contract=contract, rate=RATE, batch=BATCH) as traffic:
+    with client.replay(
+        url=release.url(), tokens=release.tokens(), contract=contract, rate=RATE, batch=BATCH
+    ) as traffic:
         release.until_jobs(lambda jobs: len(jobs) == 2)
         fired = prometheus.alerts(release.namespace.name)
         release.until_jobs(lambda jobs: jobs[1]["status"].get("completionTime") is not None)
         run = release.until_run(2)
         assert run["state"] == "promoted", run["reason"]
-        served = client.call("serving", addresses=pods, version=run["version"])
+        admin = release.tokens()["admin"]
+        served = client.call("serving", addresses=pods, token=admin, version=run["version"])
 
     report = traffic.report
     assert report["failed"] == report["labels_failed"] == 0, report["errors"]
@@ -367,7 +372,7 @@ def test_upgrade_and_rollback_without_one_failed_request(release: Release, clien
     parts = ("service", "monitor", "controller")
     before = {p["metadata"]["name"] for part in parts for p in release.pods(part)}
     roll = [f"{part}.podAnnotations.test=upgrade" for part in parts]
-    with client.load(release.url(), requests=MANY) as traffic:
+    with client.load(release, requests=MANY) as traffic:
         release.apply("upgrade", *roll)
         now = release.pods("service")
         assert {p["metadata"]["annotations"].get("test") for p in now} == {"upgrade"}
@@ -391,9 +396,10 @@ def test_promotion_by_the_rollout_without_one_failed_request(
     release: Release, client: Client
 ) -> None:
     pods = [f"http://{p['status']['podIP']}:3000" for p in release.pods("service")]
-    with client.load(release.url(), requests=MANY) as traffic:
+    with client.load(release, requests=MANY) as traffic:
         back = release.python("controller", ROLLBACK)
-        client.call("serving", addresses=pods, version=back["champion"])
+        admin = release.tokens()["admin"]
+        client.call("serving", addresses=pods, token=admin, version=back["champion"])
     calm(traffic.report, "promotion")
     assert set(traffic.report["versions"]) == {back["before"], back["champion"]}
 
@@ -416,7 +422,7 @@ def test_a_node_is_drained_without_one_failed_request(release: Release, client: 
     node = (nodes or sorted(controllers))[0]
     mine = ["--pod-selector", release.labels]
     drain = ["drain", node, *mine, "--delete-emptydir-data", "--timeout=180s"]
-    with client.load(release.url()) as traffic:
+    with client.load(release) as traffic:
         done = subprocess.run(kubectl(release.namespace, *drain), capture_output=True, text=True)
         release.until_ready(REPLICAS, "service")
         subprocess.run(kubectl(release.namespace, "uncordon", node), check=True)
@@ -468,7 +474,9 @@ def test_two_releases_do_not_mix_and_uninstall_leaves_nothing(
     release: Release, neighbour: Release, client: Client, record: dict[str, Any]
 ) -> None:
     for model in (MODEL, OTHER):
-        answer = client.call("predicted", url=neighbour.url(model), records=[record])["answer"]
+        token = neighbour.tokens(model)["predict"]
+        found = client.call("predicted", url=neighbour.url(model), token=token, records=[record])
+        answer = found["answer"]
         assert answer["model"] == model
         # Of the other release's drift this controller has heard nothing.
         assert [run["trigger"] for run in neighbour.ledger("runs", model)] == ["first"]
@@ -476,7 +484,7 @@ def test_two_releases_do_not_mix_and_uninstall_leaves_nothing(
     assert len(pages[0]) == len(pages[1]) == 2
     assert not pages[0] & pages[1]
 
-    with client.load(release.url()) as traffic:
+    with client.load(release) as traffic:
         done = neighbour.helm("uninstall", neighbour.name, "--wait", f"--timeout={PATIENCE}s")
         assert done.returncode == 0, done.stderr
         eventually(

@@ -143,6 +143,6 @@ def test_it_can_be_left_out() -> None:
         for o in objects
         if o["metadata"]["name"].endswith("-controller") and o["kind"] != "NetworkPolicy"
     ]
-    assert not of(objects, "Secret")
+    assert set(of(objects, "Secret")) == {f"{NAME}-payments-access"}
     assert not of(objects, "PersistentVolumeClaim")
     assert f"{NAME}-payments-training" not in of(objects, "ConfigMap")

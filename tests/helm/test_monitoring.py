@@ -76,13 +76,14 @@ def test_labels_are_added(key: str) -> None:
 @pytest.mark.parametrize("base", ["two-models", "canary-route", "full"])
 def test_every_service_is_read_once_at_a_port_that_it_has(base: str) -> None:
     objects = render({}, base)
-    (monitor,) = of(objects, "ServiceMonitor").values()
-    (endpoint,) = monitor["spec"]["endpoints"]
-    assert endpoint["interval"] == ("5s" if base == "full" else "15s")
+    monitors = of(objects, "ServiceMonitor").values()
     services = of(objects, "Service")
     assert services
     for service in services.values():
-        assert _selects(monitor["spec"]["selector"], service["metadata"]["labels"])
+        labels = service["metadata"]["labels"]
+        (monitor,) = (m for m in monitors if _selects(m["spec"]["selector"], labels))
+        (endpoint,) = monitor["spec"]["endpoints"]
+        assert endpoint["interval"] == ("5s" if base == "full" else "15s")
         ports = [port["name"] for port in service["spec"]["ports"]]
         assert ports.count(endpoint["port"]) == 1
     for deployment in of(objects, "Deployment").values():
@@ -94,14 +95,33 @@ def test_every_service_is_read_once_at_a_port_that_it_has(base: str) -> None:
 def _selects(selector: dict[str, Any], labels: dict[str, str]) -> bool:
     return selector["matchLabels"].items() <= labels.items() and all(
         e["operator"] == "In" and labels[e["key"]] in e["values"]
-        for e in selector["matchExpressions"]
+        for e in selector.get("matchExpressions", ())
     )
 
 
+def test_a_services_metrics_are_read_with_their_token() -> None:
+    values = {
+        "models": {
+            "payments": {"service": {"access": {"existingSecret": "ours"}}},
+            "refunds": {"service": {"access": {"enabled": False}}},
+        }
+    }
+    for given, payments in (({}, f"{NAME}-payments-access"), (values, "ours")):
+        objects = render(given, "two-models")
+        found = of(objects, "ServiceMonitor")
+        endpoints = {name: m["spec"]["endpoints"][0] for name, m in found.items()}
+        assert endpoints[f"{NAME}-payments"]["authorization"] == {
+            "type": "Bearer",
+            "credentials": {"name": payments, "key": "metrics"},
+        }
+        assert "authorization" not in endpoints[NAME]
+        assert ("authorization" in endpoints[f"{NAME}-refunds"]) == (not given)
+
+
 def test_prometheus_reads_nothing_of_another_release() -> None:
-    (monitor,) = of(render(), "ServiceMonitor").values()
-    for service in of(render({}, release="second"), "Service").values():
-        assert not _selects(monitor["spec"]["selector"], service["metadata"]["labels"])
+    for monitor in of(render(), "ServiceMonitor").values():
+        for service in of(render({}, release="second"), "Service").values():
+            assert not _selects(monitor["spec"]["selector"], service["metadata"]["labels"])
 
 
 @pytest.mark.parametrize("namespace", [NAMESPACE, "123"])

@@ -38,6 +38,18 @@ def test_the_prediction_has_the_models_columns() -> None:
     assert "--data-binary @image.png" in notes({}, "vision-gpu")
 
 
+def test_the_token_is_that_of_the_right() -> None:
+    text = notes()
+    secret = f"kubectl -n shop get secret {NAME}-payments-access -o 'jsonpath={{.data.%s}}'"
+    assert f"TOKEN=$({secret % 'predict'} | base64 -d)\n" in text
+    assert """curl localhost:3000/predict -H "authorization: Bearer $TOKEN" -H""" in text
+    nothing = {"models": {"payments": {"contract": "{model: payments, task: classification}"}}}
+    text = notes(nothing)
+    assert f"TOKEN=$({secret % 'admin'} | base64 -d)\n" in text
+    assert """curl localhost:3000/model -H "authorization: Bearer $TOKEN" """ in text
+    assert "TOKEN" not in notes({"service": {"access": {"enabled": False}}})
+
+
 def test_a_screen_is_enough_for_a_model() -> None:
     assert notes().count("\n") < 24
     assert notes(apis=()).count("\n") < 24

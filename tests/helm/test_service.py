@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import pytest
 
+from driftmill.serving.access import RIGHTS
 from tests.helm.chart import NAME, of, render
 from tests.helm.pods import container, environment, mounts, templates
 
 PAYMENTS = f"{NAME}-payments"
+ACCESS = f"{PAYMENTS}-access"
 
 
 def deployment(
@@ -30,9 +33,55 @@ def test_a_pod_has_time_to_drain(wait: int, drain: int, grace: int) -> None:
     spec = deployment(values)["spec"]["template"]["spec"]
     assert spec["terminationGracePeriodSeconds"] == grace
     each = spec["containers"][0]
-    assert each["args"] == ["--drain-seconds", str(drain)]
+    assert f"--drain-seconds={drain}" in each["args"]
     # Kubernetes 1.30 takes no sleep of 0 seconds.
     assert each.get("lifecycle") == ({"preStop": {"sleep": {"seconds": wait}}} if wait else None)
+
+
+def test_tokens_are_asked_for_unless_that_is_switched_off() -> None:
+    template = deployment()["spec"]["template"]
+    assert "--tokens=/etc/driftmill/tokens" in container(template)["args"]
+    assert mounts(template)["/etc/driftmill/tokens"] == {
+        "name": "tokens",
+        "secret": {"secretName": ACCESS},
+    }
+    (mount,) = (m for m in container(template)["volumeMounts"] if m["name"] == "tokens")
+    # Of a file that is mounted by itself the kubelet would bring no new token.
+    assert mount == {"name": "tokens", "mountPath": "/etc/driftmill/tokens", "readOnly": True}
+    off = {"service": {"access": {"enabled": False}}}
+    template = deployment(off)["spec"]["template"]
+    assert container(template)["args"] == ["--drain-seconds=20"]
+    assert "tokens" not in {v["name"] for v in template["spec"]["volumes"]}
+    assert ACCESS not in of(render(off), "Secret")
+
+
+def test_tokens_are_long_and_apart() -> None:
+    releases = ("one", "two")
+    made = [
+        of(render(release=name), "Secret")[f"{name}-driftmill-payments-access"]["data"]
+        for name in releases
+    ]
+    assert [set(data) for data in made] == [set(RIGHTS)] * 2
+    tokens = {base64.b64decode(token) for data in made for token in data.values()}
+    assert len(tokens) == 8
+    assert {len(token) for token in tokens} == {40}
+
+
+def test_tokens_of_ones_own_are_used_and_none_are_made() -> None:
+    values = {"models": {"payments": {"service": {"access": {"existingSecret": "ours"}}}}}
+    objects = render(values, "two-models")
+    services = of(objects, "Deployment")
+    assert mounts(services[PAYMENTS]["spec"]["template"])["/etc/driftmill/tokens"]["secret"] == {
+        "secretName": "ours"
+    }
+    assert {name for name in of(objects, "Secret") if name.endswith("-access")} == {
+        f"{NAME}-refunds-access"
+    }
+
+
+def test_a_rate_is_passed_on() -> None:
+    template = deployment({"service": {"access": {"rate": 1000}}})["spec"]["template"]
+    assert "--rate=1000" in container(template)["args"]
 
 
 def test_pods_are_spread_over_zones_and_nodes() -> None:

@@ -1,4 +1,4 @@
-"""What an upgrade finds in the cluster: a token that it keeps, Secrets whose change rolls pods."""
+"""What an upgrade finds in the cluster: tokens that it keeps, Secrets whose change rolls pods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 from tests.helm.chart import CHART, CI, NAME, NAMESPACE, RELEASE, Object, helm, of
 from tests.k8s.conftest import Api, kubeconfig
 
-TOKEN = f"{NAME}-payments-token"
+TOKEN, ACCESS = f"{NAME}-payments-token", f"{NAME}-payments-access"
 SERVICE, MONITOR, CONTROLLER = (
     f"{NAME}-payments{part}" for part in ("", "-monitor", "-controller")
 )
@@ -29,7 +29,7 @@ def api() -> Iterator[Api]:
 
 @pytest.fixture
 def upgrade(api: Api, tmp_path: Path) -> Any:
-    """Renders for a cluster that has some Secrets: their text by name."""
+    """Renders for a cluster that has some Secrets: their text by name, under keys of all sorts."""
     config = tmp_path / "kubeconfig"
     kubeconfig(config, api.url)
 
@@ -44,7 +44,7 @@ def upgrade(api: Api, tmp_path: Path) -> Any:
                 "apiVersion": "v1",
                 "kind": "Secret",
                 "metadata": {"name": name},
-                "data": {"token": base64.b64encode(text.encode()).decode()},
+                "data": dict.fromkeys(("token", "predict", "feedback"), encoded(text)),
             }
         done = helm(
             *("template", RELEASE, str(CHART), "-n", NAMESPACE, "-f", str(CI[base])),
@@ -54,6 +54,10 @@ def upgrade(api: Api, tmp_path: Path) -> Any:
         return tuple(o for o in yaml.load_all(done.stdout, yaml.CSafeLoader) if o)
 
     return render
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
 
 
 def templates(objects: tuple[Object, ...]) -> dict[str, Any]:
@@ -71,8 +75,15 @@ def test_the_token_stays(upgrade: Any) -> None:
     assert base64.b64decode(data["token"]) == b"old"
 
 
-def test_a_new_token_needs_no_new_pods(upgrade: Any) -> None:
-    assert changed(upgrade(**{TOKEN: "old"}), upgrade(**{TOKEN: "new"})) == set()
+def test_tokens_of_the_service_stay_and_what_is_missing_is_made(upgrade: Any) -> None:
+    data = of(upgrade(**{ACCESS: "old\nnew"}), "Secret")[ACCESS]["data"]
+    assert data["predict"] == data["feedback"] == encoded("old\nnew")
+    assert len(base64.b64decode(data["metrics"])) == len(base64.b64decode(data["admin"])) == 40
+
+
+@pytest.mark.parametrize("secret", [TOKEN, ACCESS])
+def test_a_new_token_needs_no_new_pods(upgrade: Any, secret: str) -> None:
+    assert changed(upgrade(**{secret: "old"}), upgrade(**{secret: "new"})) == set()
 
 
 def test_new_keys_of_the_store_make_new_pods(upgrade: Any) -> None:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from driftmill import rollout
+from driftmill.serving.access import RIGHTS
 from driftmill.serving.log import labelled, read, segments
 from driftmill.store import Store
 from services import check
-from tests.services.test_tabular import MakeBundle, service
+from tests.services.test_tabular import MODULE, MakeBundle, service
 from tests.services.test_vision import MODULE as VISION
 from tests.services.test_vision import promote
 from tests.serving.pictures import put_bundle
@@ -44,6 +45,25 @@ def test_a_service_that_works_passes(
     rows = read(store, segments(store, "tiny", "predictions"))
     assert list(rows["_id"]) == ["driftmill-check"] * 2
     assert labelled(store, "tiny").empty
+
+
+def test_a_service_with_tokens_gets_them_and_must_ask_for_them(
+    store: Store, make_bundle: MakeBundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rollout.change(store, "tiny", champion=make_bundle().version, by="test", reason="first")
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    for right in RIGHTS:
+        (tokens / right).write_text(f"{right}-of-yesterday\n{right}-of-today-0123\n")
+    with service(store, tmp_path, [*MODULE[:-1], "--tokens", str(tokens), MODULE[-1]]) as (_, url):
+        code, (said,) = run(capsys, url, "--tokens", str(tokens))
+        assert code == 0, said
+        assert said.endswith("turns away who has no token")
+        assert run(capsys, url)[1][0].startswith(f"FAILED  service: {url}/model answers 401")
+    with service(store, tmp_path) as (_, url):
+        code, (said,) = run(capsys, url, "--tokens", str(tokens))
+        assert code == 1
+        assert "POST /predict without a token answers" in said
 
 
 def test_a_model_of_images_is_asked_with_an_image(

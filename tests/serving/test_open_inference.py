@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 
 from driftmill.contract import Contract
@@ -103,7 +105,7 @@ def test_outputs_are_chosen(
         (
             {"inputs": [tensor("amount", "FP64") | {"data": None, "shape": [1]}]},
             422,
-            "as JSON; bin",
+            "'data' is needed",
         ),
         ({"outputs": [{"name": "scroe"}]}, 422, "no output 'scroe'; did you mean 'score'"),
         ({"inputs": 3}, 422, "Expected `array`, got `int`"),
@@ -192,5 +194,140 @@ def test_metadata_and_health(
                 assert (await client.get(path)).status_code == 404, path
             assert (await client.get("/v2/models/tiny/infer")).status_code == 405
             assert (await client.post("/v2/models/tiny")).status_code == 405
+
+    go(check())
+
+
+def binary(tensors: list[dict[str, Any]], parts: list[bytes], **more: Any) -> dict[str, Any]:
+    """Body and headers of a request whose tensors lie behind the JSON."""
+    for one, part in zip(tensors, parts, strict=True):
+        del one["data"]
+        one["parameters"] = {"binary_data_size": len(part)}
+    head = json.dumps({"inputs": tensors} | more).encode()
+    return {
+        "content": b"".join([head, *parts]),
+        "headers": {
+            "inference-header-content-length": str(len(head)),
+            "content-type": "application/octet-stream",
+        },
+    }
+
+
+def text(*values: bytes) -> bytes:
+    return b"".join(len(value).to_bytes(4, "little") + value for value in values)
+
+
+def three(kind: str = "FP64") -> list[dict[str, Any]]:
+    return [
+        tensor("amount", kind, 700.0, 100.0),
+        tensor("age", "FP32", 41, None),
+        tensor("channel", "BYTES", "web", "app"),
+    ]
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("kind", ["FP64", "FP32", "FP16", "INT64", "INT16", "UINT32"])
+def test_binary_tensors(
+    store: Store, make_bundle: MakeBundle, quick: Contract, tmp_path: Path, kind: str
+) -> None:
+    promote(store, make_bundle(of=quick))
+    size = {"FP64": "<f8", "FP32": "<f4", "FP16": "<f2", "INT64": "<i8"} | {
+        "INT16": "<i2",
+        "UINT32": "<u4",
+    }
+    parts = [
+        np.array([700, 100], size[kind]).tobytes(),
+        np.array([41, NAN], "<f4").tobytes(),
+        text(b"web", b"app"),
+    ]
+
+    async def check() -> None:
+        async with running(store, tmp_path) as (_, client):
+            records = [RECORD, RECORD | {"amount": 100.0, "age": None, "channel": "app"}]
+            plain = (await predict(client, *records)).json()["predictions"]
+            url = "/v2/models/tiny/infer"
+            answer = (await client.post(url, **binary(three(kind), parts))).json()
+            assert answer["outputs"][1]["data"] == [p["score"] for p in plain]
+            # All outputs in binary but one.
+            more = {
+                "parameters": {"binary_data_output": True},
+                "outputs": [
+                    {"name": "prediction"},
+                    {"name": "score", "parameters": {"binary_data": False}},
+                    {"name": "probabilities"},
+                ],
+            }
+            response = await client.post(url, **binary(three(kind), parts, **more))
+            assert response.headers["content-type"] == "application/octet-stream"
+            length = int(response.headers["inference-header-content-length"])
+            labels, score, spread = json.loads(response.content[:length])["outputs"]
+            rest = response.content[length:]
+            assert score["data"] == [p["score"] for p in plain]
+            cut = labels["parameters"]["binary_data_size"]
+            assert rest[:cut] == text(*(p["prediction"].encode() for p in plain))
+            assert len(rest) == cut + spread["parameters"]["binary_data_size"]
+            values = np.frombuffer(rest[cut:], "<f8").reshape(spread["shape"]).tolist()
+            assert values == [list(p["probabilities"].values()) for p in plain]
+
+    go(check())
+
+
+@pytest.mark.parametrize(
+    ("place", "part", "message"),
+    [
+        (0, b"\0" * 15, "half a value"),
+        (0, b"\0" * 8, "says 2 values, and there are 1"),
+        (2, text(b"web") + b"\4\0\0\0app", "longer than the tensor"),
+        (2, text(b"web") + b"\3\0", "longer than the tensor"),
+        (2, text(b"web", b"\xff"), "not UTF-8"),
+        (2, b"", "says 2 values, and there are 0"),
+    ],
+)
+def test_binary_tensors_that_do_not_fit_are_named(
+    store: Store,
+    make_bundle: MakeBundle,
+    quick: Contract,
+    tmp_path: Path,
+    place: int,
+    part: bytes,
+    message: str,
+) -> None:
+    promote(store, make_bundle(of=quick))
+    numbers = np.array([700.0, 100.0])
+    parts = [numbers.tobytes(), numbers.astype("<f4").tobytes(), text(b"web", b"app")]
+    parts[place] = part
+
+    async def check() -> None:
+        async with running(store, tmp_path) as (_, client):
+            url = "/v2/models/tiny/infer"
+            response = await client.post(url, **binary(three(), parts))
+            assert response.status_code == 422
+            assert message in response.json()["error"]
+
+    go(check())
+
+
+@pytest.mark.parametrize("length", ["-1", "x", "99999", "9" * 30, ""])
+def test_a_wrong_length_of_the_json_is_refused(
+    store: Store, make_bundle: MakeBundle, quick: Contract, tmp_path: Path, length: str
+) -> None:
+    promote(store, make_bundle(of=quick))
+
+    async def check() -> None:
+        async with running(store, tmp_path) as (_, client):
+            sent = binary(three(), [b"", b"", b""])
+            sent["headers"]["inference-header-content-length"] = length
+            response = await client.post("/v2/models/tiny/infer", **sent)
+            assert response.status_code == 400
+            # More or fewer bytes than the tensors say.
+            sent = binary(three(), [b"\0" * 16, b"\0" * 8, text(b"web", b"app")])
+            for content in (sent["content"] + b"x", sent["content"][:-1]):
+                response = await client.post(
+                    "/v2/models/tiny/infer", content=content, headers=sent["headers"]
+                )
+                assert response.status_code == 422
+                assert "bytes follow" in response.json()["error"]
 
     go(check())

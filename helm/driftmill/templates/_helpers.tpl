@@ -31,6 +31,21 @@ http://{{ include "driftmill.name" (dict "root" .root "model" .model "suffix" "c
 {{- .controller.token.existingSecret | default (include "driftmill.name" (dict "root" .root "model" .model "suffix" "token")) -}}
 {{- end -}}
 
+{{- /* The Secret with the tokens of a model's service: dict root model service (its settings). */}}
+{{- define "driftmill.accessSecret" -}}
+{{- .service.access.existingSecret | default (include "driftmill.name" (dict "root" .root "model" .model "suffix" "access")) -}}
+{{- end -}}
+
+{{- /* That Secret as a folder: its volume, and where it is mounted. Takes the same. */}}
+{{- define "driftmill.tokensVolume" -}}
+- name: tokens
+  secret: {secretName: {{ include "driftmill.accessSecret" . | quote }}}
+{{- end -}}
+
+{{- define "driftmill.tokensMount" -}}
+- {name: tokens, mountPath: /etc/driftmill/tokens, readOnly: true}
+{{- end -}}
+
 {{- /* The account of all pods but the controllers'. Takes the root. */}}
 {{- define "driftmill.account" -}}
 {{- $own := .Values.serviceAccount.create | ternary (include "driftmill.fullname" .) "default" -}}

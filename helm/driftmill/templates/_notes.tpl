@@ -1,12 +1,13 @@
 {{- /* What NOTES.txt is made of. */}}
 
-{{- /* A command that asks a model for a prediction, with its own columns: dict root model. */}}
+{{- /* A command that asks a model for a prediction, with its own columns: dict root model header (what
+curl sends more). */}}
 {{- define "driftmill.sample" -}}
 {{- $model := index .root.Values.models .model -}}
 {{- $contract := fromYaml $model.contract -}}
 {{- $columns := dig "data" "columns" list $contract -}}
 {{- if eq ($model.kind | default "tabular") "vision" -}}
-curl localhost:3000/predict -H 'content-type: image/png' --data-binary @image.png
+curl localhost:3000/predict{{ .header }} -H 'content-type: image/png' --data-binary @image.png
 {{- else if $columns -}}
 {{- $record := dict -}}
 {{- range $columns -}}
@@ -22,9 +23,9 @@ curl localhost:3000/predict -H 'content-type: image/png' --data-binary @image.pn
 {{- end -}}
 {{- $_ := set $record .name $value -}}
 {{- end -}}
-curl localhost:3000/predict -H 'content-type: application/json' -d '{{ toJson $record | replace "'" "'\\''" }}'
+curl localhost:3000/predict{{ .header }} -H 'content-type: application/json' -d '{{ toJson $record | replace "'" "'\\''" }}'
 {{- else -}}
-curl localhost:3000/model    # its "schema" says what /predict takes
+curl localhost:3000/model{{ .header }}    # its "schema" says what /predict takes
 {{- end -}}
 {{- end -}}
 

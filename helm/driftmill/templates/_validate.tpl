@@ -57,7 +57,7 @@ schema, as a part of a combination may stand for all models and another for one.
 {{- $training := include "driftmill.settings" (dict "root" $ "name" $model "part" "training") | fromYaml -}}
 {{- $found := list -}}
 
-{{- range list "canary" "contract" "controller" "ledger" "monitor" "schedule" "token" "training" "unschedule" -}}
+{{- range list "access" "canary" "contract" "controller" "ledger" "monitor" "schedule" "token" "training" "unschedule" -}}
 {{- $other := printf "%s-%s" $model . -}}
 {{- if hasKey $.Values.models $other -}}
 {{- $found = append $found (printf "models has %s, too, which is what an object of %s is called: give it another name" $other $model) -}}
