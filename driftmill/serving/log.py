@@ -467,6 +467,9 @@ def _move(path: Path, store: Store, durably: bool) -> None:
             if durably and store.folder is not None:
                 for folder in list((store.folder / key).parents)[: key.count("/") + 1]:
                     _sync_folder(folder)
+            # Arrow keeps what it has freed, once for each thread that it worked in.
+            del table, buffer, content
+            pa.default_memory_pool().release_unused()
         path.unlink()
 
 

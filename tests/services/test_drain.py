@@ -9,16 +9,17 @@ import signal
 import socket
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import httpx
 import pytest
 
 from benchmarks.rollouts import Switch
-from driftmill import rollout
+from driftmill import bundle, rollout
 from driftmill.store import Store
-from tests.services.test_tabular import MODULE, RECORD, MakeBundle, service
+from tests.services.test_tabular import MODULE, RECORD, MakeBundle, logged, service
+from tests.test_store_s3 import Proxy
 
 BODY = json.dumps({"records": [RECORD]})
 HEADERS = {"content-type": "application/json"}
@@ -147,3 +148,49 @@ def test_on_a_loopback_it_ends_at_once(served: Store, tmp_path: Path) -> None:
             process.send_signal(signal.SIGTERM)
             process.wait(10)
         assert time.monotonic() - began < 5
+
+
+class HangingProxy(Proxy):
+    """Takes requests and gives no answer, for as long as `hangs` is set."""
+
+    hangs = False
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while content := client.recv(1 << 16):
+                if not self.hangs:
+                    server.sendall(content)
+
+
+@pytest.mark.slow
+def test_a_store_that_does_not_answer_holds_the_end_up_for_seconds_and_loses_nothing(
+    store: Store,
+    make_bundle: MakeBundle,
+    s3_moto: str,
+    moto: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    version = make_bundle().version
+    on_s3 = Store(s3_moto)
+    assert store.folder is not None
+    key = bundle.key("tiny", version)
+    on_s3.put_folder(store.folder / key, key, bundle.MANIFEST)
+    rollout.change(on_s3, "tiny", champion=version, by="test", reason="first")
+    proxy = HangingProxy(moto)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+    command = [*MODULE[:-1], "--drain-seconds", "1", MODULE[-1]]
+    with service(on_s3, tmp_path, command) as (process, url):
+        proxy.hangs = True
+        response = httpx.post(f"{url}/predict", content=BODY, headers=HEADERS)
+        (answer,) = response.json()["predictions"]
+        process.terminate()
+        # A look-up alone takes the client of the store longer than this to give up.
+        assert process.wait(25) == 0
+    assert list((tmp_path / "spool").rglob("*.jsonl"))
+    proxy.hangs = False
+    with service(on_s3, tmp_path, command) as (process, url):
+        process.terminate()
+        assert process.wait(25) == 0
+    proxy.close()
+    assert logged(on_s3) == [answer["id"]]

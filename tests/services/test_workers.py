@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import mmap
 import os
 import re
 import signal
@@ -19,6 +21,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from driftmill.store import Store
+from services import workers
+from services.workers import GONE, LEAVES, LISTENS, QUIET, READY, Worker
 from tests.services.test_drain import Clients
 from tests.services.test_tabular import (
     MODULE,
@@ -196,3 +200,59 @@ def test_a_port_that_is_taken_is_said_in_one_sentence(tmp_path: Path) -> None:
     assert run.returncode == 1
     assert "cannot be listened at (Address already in use)" in run.stderr
     assert "Traceback" not in run.stderr
+
+
+def test_readiness_speaks_for_all_that_listen_and_a_worker_alone_waits_for_nobody() -> None:
+    board = mmap.mmap(-1, 2)
+    first, second = (Worker(number, board, []) for number in range(2))
+
+    async def is_waiting(worker: Worker, ready: bool) -> bool:
+        task = asyncio.create_task(worker.may_listen(lambda: ready))
+        await asyncio.sleep(0)
+        task.cancel()
+        return not task.done()
+
+    # At the start nobody is worse off for one that listens without a model.
+    assert not asyncio.run(is_waiting(first, ready=False))
+    first.show(LISTENS)
+    assert not second.others_ready
+    first.show(READY)
+    assert second.others_ready
+    # One that was started again would take requests from those that can answer them.
+    assert asyncio.run(is_waiting(second, ready=False))
+    assert not asyncio.run(is_waiting(second, ready=True))
+    for leaving in (LEAVES, QUIET, GONE):
+        first.show(leaving)
+        assert not asyncio.run(is_waiting(second, ready=False))
+    second.show(LEAVES)
+    assert not second.all_quiet
+    second.show(QUIET)
+    assert second.all_quiet
+
+
+def test_metrics_of_all_leave_out_who_does_not_tell_in_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(workers, "ASKED", 0.05)
+    board = mmap.mmap(-1, 4)
+    mailboxes = [socket.socketpair(type=socket.SOCK_DGRAM) for _ in range(4)]
+    for end in (end for pair in mailboxes for end in pair):
+        end.setblocking(False)
+    # The last one is gone.
+    asked, told, hangs = (Worker(number, board, mailboxes) for number in range(3))
+    for worker in (asked, told, hangs):
+        worker.show(READY)
+
+    async def check() -> str:
+        # Longer than a socket's buffer.
+        head = f"# HELP much {'x' * 1_000_000}\n# TYPE much gauge\nmuch"
+        asked.answer(lambda: f"{head} 0.0\n")
+        told.answer(lambda: f"{head} 1.0\n")
+        return await asked.all_metrics()
+
+    lines = [line for line in asyncio.run(check()).splitlines() if not line.startswith("#")]
+    assert lines == [
+        'much{worker="0"} 0.0',
+        'much{worker="1"} 1.0',
+        *(f'service_worker_up{{worker="{n}"}} {up}' for n, up in enumerate((1, 1, 0, 0))),
+    ]
