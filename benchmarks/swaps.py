@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks import load, rollouts
 from driftmill import bundle
+from driftmill.contract import Serve
 from driftmill.home import cores
 from driftmill.serving.versions import Model
 
@@ -71,7 +72,8 @@ def measure(place: rollouts.Laptop, requests: int, swaps: int, connections: int)
     stop = place.folder / "stop"
     sending = send(url, "--requests", str(requests), "--until", str(stop), *common)
     began = time.monotonic()
-    pace = requests / steady["requests_per_s"] / swaps
+    # The rollout is polled: changes that come faster would be taken together.
+    pace = max(requests / steady["requests_per_s"] / swaps, 1.2 * Serve().poll)
     try:
         for turn in range(swaps):
             place.promote(versions[(turn + 1) % 2])
