@@ -1,7 +1,7 @@
 """Uvicorn's HTTP/1.1, with the head and the body of an answer in one write.
 
 Uvicorn writes the head when it has it and the body when that comes. For small answers the second
-system call, and the second packet that wakes the client, cost a tenth of the whole request.
+system call, and the second packet that wakes the client, are a good part of the whole request.
 """
 
 from __future__ import annotations
