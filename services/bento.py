@@ -164,10 +164,10 @@ def main(of: Any, module: str, description: str, arguments: list[str] | None = N
 
 def _serve(of: Any, given: argparse.Namespace, worker: workers.Worker | None) -> None:
     """Serve in this process until told to end. Raises SystemExit where it could not start."""
-    app = of.to_asgi()
+    inner = of.to_asgi()
     # First of all, before BentoML's layers: nothing of them is of use to these requests.
-    app.user_middleware = [layer for layer in app.user_middleware if layer.cls is not Mount]
-    app = Mount(app, servers, access, worker)
+    inner.user_middleware = [layer for layer in inner.user_middleware if layer.cls is not Mount]
+    app = Mount(inner, servers, access, worker)
     most = connections.make_room(given.max_connections)
     settings = {"http": Protocol, **options()}
     settings["http"] = connections.limited(most, server().metrics.rejected.inc, settings["http"])
@@ -191,7 +191,7 @@ def _serve(of: Any, given: argparse.Namespace, worker: workers.Worker | None) ->
         config,
         given.drain_seconds,
         begin=_drain,
-        is_ready=lambda: all(each.ready for each in servers()),
+        is_ready=lambda: app.ready,
         worker=worker,
     )
     with suppress(KeyboardInterrupt):

@@ -24,8 +24,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from driftmill.serving.access import refuse
-from driftmill.serving.batches import RETRY
-from driftmill.serving.codec import RequestError
+from driftmill.serving.codec import CLOSE, RETRY, RequestError
 from driftmill.serving.server import App, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
@@ -39,8 +38,7 @@ FILES = 256
 
 #: What is answered even then: an orchestrator must not take a full service for a dead one.
 _ALWAYS = ("/livez", "/readyz", "/metrics")
-_CLOSE = (b"connection", b"close")
-_FULL = RequestError(503, "overloaded", "Too many connections", headers=(RETRY, _CLOSE))
+_FULL = RequestError(503, "overloaded", "Too many connections", headers=(RETRY, CLOSE))
 
 
 def make_room(most: int) -> int:
@@ -94,7 +92,7 @@ async def _turn_away(
 
         async def and_close(message: MutableMapping[str, Any]) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], _CLOSE]
+                message["headers"] = [*message["headers"], CLOSE]
             await send(message)
 
         await app(scope, receive, and_close)

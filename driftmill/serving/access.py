@@ -19,18 +19,17 @@ are there, both are good. It is read again each second. A right without a token 
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import math
 import ssl
 import time
-from collections import OrderedDict
 from hmac import compare_digest
 from pathlib import Path
 from typing import Any, Literal
 
-from driftmill.serving.codec import JSON, RequestError
-from driftmill.serving.server import Scope, Send
+from driftmill.serving.codec import CLOSE, RequestError
+from driftmill.serving.rate import Rate
+from driftmill.serving.server import Scope, Send, is_v2, refusal
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +37,6 @@ Right = Literal["predict", "feedback", "metrics", "admin"]
 RIGHTS: tuple[Right, ...] = ("predict", "feedback", "metrics", "admin")
 #: Characters that a token has at least: a shorter one can be guessed.
 LEAST = 16
-#: Clients whose rate is kept in mind at once; others count as new.
-CLIENTS = 10_000
 #: Seconds between two looks at the files.
 PERIOD = 1.0
 
@@ -52,18 +49,17 @@ _RIGHTS: dict[str, Right | None] = {
     **dict.fromkeys(_OPEN),
 }
 _LIMITED = ("predict", "feedback")
-_CLOSE = (b"connection", b"close")
 _UNAUTHORIZED = RequestError(
     401,
     "unauthorized",
     "Send Authorization: Bearer TOKEN with a valid token",
-    headers=((b"www-authenticate", b"Bearer"), _CLOSE),
+    headers=((b"www-authenticate", b"Bearer"), CLOSE),
 )
 _NO_CERTIFICATE = RequestError(
-    403, "no_certificate", "Present a client certificate", headers=(_CLOSE,)
+    403, "no_certificate", "Present a client certificate", headers=(CLOSE,)
 )
 _FORBIDDEN = {
-    right: RequestError(403, "forbidden", f"This token does not give {right}", headers=(_CLOSE,))
+    right: RequestError(403, "forbidden", f"This token does not give {right}", headers=(CLOSE,))
     for right in RIGHTS
 }
 
@@ -183,39 +179,6 @@ class Access:
             logger.warning("%s has no token of %s: nobody gets it", self._folder, right)
 
 
-class Rate:
-    """A limit for each client; a client that has paused may be ahead by a second's requests.
-
-    Source: the virtual scheduling algorithm of ITU-T I.371, which needs one number a client.
-
-    Args:
-        rate: requests a second.
-    """
-
-    def __init__(self, rate: float) -> None:
-        self._gap = 1 / rate
-        self._ahead = max(0.0, 1.0 - self._gap) + 1e-9
-        #: When a client's next request is due, in the order of their last ones.
-        self._due: OrderedDict[Any, float] = OrderedDict()
-
-    def wait(self, client: Any, now: float) -> float:
-        """Seconds until a client's request would be let in; 0: it is, and counts.
-
-        Args:
-            client: who it is.
-            now: seconds of a clock that never goes back.
-        """
-        due = max(self._due.get(client, now), now)
-        wait = due - now - self._ahead
-        if wait > 0:
-            return wait
-        self._due[client] = due + self._gap
-        self._due.move_to_end(client)
-        if len(self._due) > CLIENTS:
-            self._due.popitem(last=False)
-        return 0.0
-
-
 class Certificates:
     """The certificate of a server, and the CA of its clients; connections made after the files have
     changed get what is in them then.
@@ -290,7 +253,7 @@ def right_of(path: str) -> Right | None:
     """What a path takes, that of one of several models without its name; None: it is open."""
     if path in _RIGHTS:
         return _RIGHTS[path]
-    return "predict" if _is_v2(path) else "admin"
+    return "predict" if is_v2(path) else "admin"
 
 
 async def refuse(scope: Scope, send: Send, why: RequestError) -> None:
@@ -298,18 +261,8 @@ async def refuse(scope: Scope, send: Send, why: RequestError) -> None:
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008})
         return
-    body = json.dumps({"error": why.message}).encode() if _is_v2(scope["path"]) else why.body()
-    headers = [
-        (b"content-type", JSON.encode()),
-        (b"content-length", str(len(body)).encode()),
-        *why.headers,
-    ]
-    await send({"type": "http.response.start", "status": why.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def _is_v2(path: str) -> bool:
-    return path == "/v2" or path.startswith("/v2/")
+    for message in refusal(scope["path"], why).messages():
+        await send(message)
 
 
 def _bearer(headers: list[tuple[bytes, bytes]]) -> bytes:

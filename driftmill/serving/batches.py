@@ -13,12 +13,12 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from driftmill.serving.codec import Answer, Codec, RequestError, encode_answers
+from driftmill.serving.codec import RETRY, Answer, Codec, RequestError, encode_answers
 from driftmill.serving.log import Label, Log, Prediction, Role, Schema, now_us
 from driftmill.serving.metrics import Metrics
 from driftmill.serving.versions import Model, ModelError, Serving, Versions
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 #: Batches that may wait, or rows where these are more; requests beyond are turned away with 503.
 WAITING_BATCHES, WAITING_ROWS = 16, 256
-#: Header of an answer that says when to try again.
-RETRY = (b"retry-after", b"1")
 
 
 @dataclass(slots=True)
@@ -80,6 +78,7 @@ class Batches:
         #: What the other model shall predict, too: by whom answered, of whom, and what.
         self._asides: deque[tuple[Serving, Role, list[tuple[str, Any]], list[Answer]]] = deque()
         self._aside_rows = 0
+        self._aside_planned = False
 
     def check_room(self, codec: Codec, rows: int) -> None:
         """Raise RequestError (503) where so many more rows may not wait."""
@@ -89,11 +88,7 @@ class Batches:
 
     def put(self, waiting: Waiting) -> None:
         """Let a request wait for its model; `answered` will tell."""
-        serving = waiting.serving
-        model = serving.champion
-        if waiting.role == "challenger":
-            assert serving.challenger is not None
-            model = serving.challenger
+        model = waiting.serving.model(waiting.role)
         model.waiting.append(waiting)
         self.rows += len(waiting.records)
         if not model.planned:
@@ -101,9 +96,7 @@ class Batches:
             # A disk that is asked at every batch would hold up the event loop, too.
             waits = model.codec.threaded or self._log.fsync == "batch"
             if waits or waiting.role == "challenger":
-                task = asyncio.create_task(self._run(model), name=f"batches-{model.version}")
-                self._running.add(task)
-                task.add_done_callback(self._running.discard)
+                self._start(self._run(model), f"batches-{model.version}")
             else:
                 asyncio.get_running_loop().call_soon(self._flush, model)
 
@@ -140,6 +133,12 @@ class Batches:
             else:
                 await asyncio.sleep(0)  # a flush is planned
 
+    def _start(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        """Begin what `stop` waits for."""
+        task = asyncio.create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
     def _flush(self, model: Model) -> None:
         """Answer requests that wait, as many as fit into one batch, at once."""
         group = self._next_batch(model)
@@ -156,23 +155,21 @@ class Batches:
         loop = asyncio.get_running_loop()
         try:
             while group := self._next_batch(model):
-                serving = group[0].serving
-                limit = None
-                if model is serving.challenger:
-                    limit = serving.champion.settings.canary.abort.timeout
                 if model.stopped:
-                    self._failed(model, group, ModelError(f"{model.version} {model.stopped}"))
+                    self._failed(group, model.gave_up())
                     continue
+                serving = group[0].serving
+                limit = serving.champion.settings.canary.abort.timeout
                 answers = loop.run_in_executor(
                     model.worker, self._answer, model, group, self._ids(group)
                 )
-                done, _ = await asyncio.wait([answers], timeout=limit)
+                done, _ = await asyncio.wait(
+                    [answers], timeout=limit if model is serving.challenger else None
+                )
                 if done:
                     self._settle(model, group, answers.result)
                 else:
-                    answers.add_done_callback(_forget)
-                    model.stop(f"gave no answer within {limit:g} s")
-                    self._failed(model, group, ModelError(f"{model.version} {model.stopped}"))
+                    self._failed(group, _give_up(model, answers, limit))
         finally:
             model.planned = False
 
@@ -217,7 +214,7 @@ class Batches:
             for waiting in group:
                 waiting.ran = ran
         if model.stopped:  # too late: others have answered
-            raise ModelError(f"{model.version} {model.stopped}")
+            raise model.gave_up()
         answers = model.codec.answers(ids, output)
         at = now_us()
         rows = []
@@ -249,7 +246,7 @@ class Batches:
         try:
             answers = result()
         except ModelError as error:
-            self._failed(model, group, error)
+            self._failed(group, error)
             return
         except RequestError as error:
             for waiting in group:
@@ -273,19 +270,19 @@ class Batches:
         if serving is not None and serving.challenger is not None:
             self._watch(serving, model, group, answers)
 
-    def _failed(self, model: Model, group: list[Waiting], error: ModelError) -> None:
+    def _failed(self, group: list[Waiting], error: ModelError) -> None:
         """The champion answers for a challenger that failed; nobody answers for a champion."""
         again = [waiting for waiting in group if waiting.role == "challenger"]
+        lost = [waiting for waiting in group if waiting.role != "challenger"]
         if again:
             self._versions.roll_back(again[0].serving, str(error))
         for waiting in again:
             waiting.role = "champion"
             self.put(waiting)
-        if len(again) < len(group):
+        if lost:
             logger.error("%s: %s", self.model, error)
-            for waiting in group:
-                if waiting.role == "champion" and waiting not in again:
-                    _release(waiting, RequestError(500, "model_failed", "The model gave no answer"))
+        for waiting in lost:
+            _release(waiting, RequestError(500, "model_failed", "The model gave no answer"))
 
     # The challenger
 
@@ -294,8 +291,7 @@ class Batches:
     ) -> None:
         """See how the challenger does beside the champion; let the other one predict, too, where
         that is asked for."""
-        challenger = serving.challenger
-        assert challenger is not None
+        challenger = serving.model("challenger")
         if model not in (serving.champion, challenger):
             return
         role: Role = "challenger" if model is challenger else "champion"
@@ -318,34 +314,44 @@ class Batches:
             return
         self._aside_rows += len(asked)
         self._asides.append((serving, role, asked, answers))
-        if len(self._asides) == 1:
-            task = asyncio.create_task(self._run_asides(), name="asides")
-            self._running.add(task)
-            task.add_done_callback(self._running.discard)
+        if not self._aside_planned:
+            self._aside_planned = True
+            self._start(self._run_asides(), "asides")
 
     async def _run_asides(self) -> None:
+        try:
+            while self._asides:
+                serving, role, asked, answers = self._asides.popleft()
+                try:
+                    await self._run_aside(serving, role, asked, answers)
+                finally:
+                    self._aside_rows -= len(asked)
+        finally:
+            self._aside_planned = False
+
+    async def _run_aside(
+        self,
+        serving: Serving,
+        role: Role,
+        asked: list[tuple[str, Any]],
+        answers: list[Answer],
+    ) -> None:
+        """Let the other model predict what one with a role answered."""
+        if serving.model("challenger").stopped:
+            return
+        is_shadow = role == "champion"
+        other = serving.model("challenger" if is_shadow else "champion")
+        call = self._shadow if is_shadow else self._second_opinion
+        limit = serving.champion.settings.canary.abort.timeout
         loop = asyncio.get_running_loop()
-        while self._asides:
-            serving, role, asked, answers = self._asides[0]
-            challenger = serving.challenger
-            assert challenger is not None
-            if not challenger.stopped:
-                other, call = (
-                    (challenger, self._shadow)
-                    if role == "champion"
-                    else (serving.champion, self._second_opinion)
-                )
-                limit = serving.champion.settings.canary.abort.timeout
-                aside = loop.run_in_executor(other.aside, call, serving, asked, answers)
-                done, _ = await asyncio.wait([aside], timeout=limit)
-                if done:
-                    self._compare(serving, role, answers, aside)
-                else:
-                    aside.add_done_callback(_forget)
-                    if other is challenger:
-                        self._cut_off(challenger, serving, limit)
-            self._asides.popleft()
-            self._aside_rows -= len(asked)
+        aside = loop.run_in_executor(other.aside, call, serving, asked, answers)
+        done, _ = await asyncio.wait([aside], timeout=limit)
+        if done:
+            self._compare(serving, role, answers, aside)
+        elif is_shadow:
+            self._versions.roll_back(serving, str(_give_up(other, aside, limit)))
+        else:
+            aside.add_done_callback(_forget)
 
     def _compare(
         self,
@@ -355,8 +361,7 @@ class Batches:
         aside: asyncio.Future[list[str | float]],
     ) -> None:
         """Compare what one answered with what the other predicted aside."""
-        challenger = serving.challenger
-        assert challenger is not None
+        challenger = serving.model("challenger")
         error = aside.exception()
         if error is None:
             pair = [a.prediction for a in answers], aside.result()
@@ -374,8 +379,7 @@ class Batches:
         self, serving: Serving, asked: list[tuple[str, Any]], answered: list[Answer]
     ) -> list[str | float]:
         """What the challenger predicts, logged but not answered. In a thread."""
-        model = serving.challenger
-        assert model is not None
+        model = serving.model("challenger")
         output, kept = model.run([record for _, record in asked], keep=False)
         answers = model.codec.answers([a.id for a in answered], output)
         at = now_us()
@@ -396,14 +400,8 @@ class Batches:
         output, _ = model.run([record for _, record in asked], keep=False)
         return [a.prediction for a in model.codec.answers([a.id for a in answered], output)]
 
-    def _cut_off(self, model: Model, serving: Serving, limit: float) -> None:
-        """Give up on a challenger that hangs."""
-        model.stop(f"gave no answer within {limit:g} s")
-        self._versions.roll_back(serving, f"{model.version} {model.stopped}")
-
     def _judge(self, serving: Serving) -> None:
-        challenger = serving.challenger
-        assert challenger is not None
+        challenger = serving.model("challenger")
         reason = challenger.watch.verdict()
         if reason is not None:
             self._versions.roll_back(serving, f"{challenger.version} {reason}")
@@ -426,6 +424,13 @@ def _release(waiting: Waiting, answer: tuple[Model, bytes] | RequestError) -> No
         waiting.answered.set_exception(answer)
     else:
         waiting.answered.set_result(answer)
+
+
+def _give_up(model: Model, computing: asyncio.Future[Any], limit: float) -> ModelError:
+    """End what a model that hangs computes just now; the error of who waited for it."""
+    computing.add_done_callback(_forget)
+    model.stop(f"gave no answer within {limit:g} s")
+    return model.gave_up()
 
 
 def _forget(done: asyncio.Future[Any]) -> None:

@@ -49,6 +49,11 @@ _RECORD = re.compile(r"\$\.records\[\d+\]\.(?P<name>.*)", re.DOTALL)
 _encode = msgspec.json.Encoder().encode
 
 
+#: Headers of an answer: try again in a second, and elsewhere.
+RETRY = (b"retry-after", b"1")
+CLOSE = (b"connection", b"close")
+
+
 class RequestError(Exception):
     """A request that is answered with an error.
 

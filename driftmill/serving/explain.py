@@ -36,9 +36,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from driftmill import bundle
+from driftmill import bundle, columns
 from driftmill.features import MISSING, Signature
 from driftmill.serving.codec import JSON, RequestError, TableCodec
+from driftmill.serving.rate import Rate
 from driftmill.serving.versions import Model, ModelError
 from driftmill.store import Store
 
@@ -104,8 +105,7 @@ class Explainer:
         self.model = model
         self._store = store
         self._waiting = 0
-        self._tokens = 1.0
-        self._filled = time.monotonic()
+        self._rate = Rate(1.0)
         self._stopped = False
         self._thread = ThreadPoolExecutor(1, "explain")
         self._backgrounds: WeakKeyDictionary[Model, Background] = WeakKeyDictionary()
@@ -152,19 +152,16 @@ class Explainer:
         self._thread.shutdown(cancel_futures=True)
 
     def _check_rate(self, rate: float) -> None:
-        """Take a token from the bucket, which holds those of a second, or one. Raises RequestError
-        (404, 429)."""
+        """Raise RequestError: 404 where nothing is explained, 429 beyond so many a second."""
         if not rate:
             raise RequestError(
                 404, "not_found", "Explanations are switched off: see serve.explain.rate"
             )
-        now = time.monotonic()
-        self._tokens = min(max(1.0, rate), self._tokens + (now - self._filled) * rate)
-        self._filled = now
-        if self._tokens < 1:
+        self._rate.change(rate)  # that of the version that is asked
+        wait = self._rate.wait(None, time.monotonic())
+        if wait:
             text = f"At most {rate:g} explanations a second are made"
-            raise _later(429, "too_many_requests", text, math.ceil((1 - self._tokens) / rate))
-        self._tokens -= 1
+            raise _later(429, "too_many_requests", text, math.ceil(wait))
 
     def _all(
         self, model: Model, records: Sequence[Any], left: threading.Event
@@ -175,7 +172,7 @@ class Explainer:
             if left.is_set() or self._stopped:
                 raise ModelError("nobody waits for the explanation any more")
             began = time.perf_counter()
-            output = _ask(model, *arrays)
+            output = model.ask(*arrays)
             left.wait(time.perf_counter() - began)
             return output
 
@@ -204,7 +201,7 @@ class Explainer:
             signature = model.bundle.signature
             arrays = sample(content, signature, settings.background)
             orders = orders_of(len(signature.columns), len(arrays[0]), settings.samples)
-            found = Background(arrays, _ask(model, *arrays), orders)
+            found = Background(arrays, model.ask(*arrays), orders)
             self._backgrounds[model] = found
         return found
 
@@ -292,7 +289,7 @@ def sample(content: bytes, signature: Signature, rows: int) -> tuple[np.ndarray,
     table = table.take(pa.array(chosen))
     numeric = np.empty((len(table), len(signature.numeric)), np.float32)
     for place, name in enumerate(signature.numeric):
-        numeric[:, place] = table[name].cast(pa.float64()).to_numpy()
+        numeric[:, place] = columns.wide(table[name].combine_chunks())
     texts = np.empty((len(table), len(signature.categorical)), object)
     for place, name in enumerate(signature.categorical):
         texts[:, place] = [MISSING if v is None else v for v in table[name].to_pylist()]
@@ -334,18 +331,6 @@ def _reading(
     chosen = int(output.argmax())
     column = 1 if len(labels) == 2 else chosen
     return labels[chosen], labels[column], lambda outputs: outputs[:, column]
-
-
-def _ask(model: Model, *arrays: np.ndarray) -> np.ndarray:
-    """The model's output. Raises ModelError."""
-    try:
-        output = model.bundle.session.run(*arrays)
-    # ONNX Runtime raises classes of its own, some of which derive from Exception only.
-    except Exception as error:
-        raise ModelError(f"{model.version} failed: {error}") from error
-    if not np.isfinite(output).all():
-        raise ModelError(f"{model.version} answered NaN or infinity")
-    return output
 
 
 def _later(status: int, code: str, message: str, seconds: int) -> RequestError:

@@ -61,7 +61,6 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         self.registry.register(_State(self, log))
-        self.registry.register(_Tallies(self))
         add = self.registry
         one, version = ["model"], ["model", "version"]
         self._predictions = Counter(
@@ -137,9 +136,9 @@ class Metrics:
             one,
             registry=add,
         ).labels(model)
-        # Looking a child up costs more than counting.
         #: Requests by version and status; like tallies, counted by the event loop only.
         self.requests: collections.Counter[tuple[str, int]] = collections.Counter()
+        # Looking a child up costs more than counting.
         self._prediction_children: dict[tuple[str, Role], Counter] = {}
         self.scores: dict[str, Tally] = {}
         #: Role by version, of those in use.
@@ -239,42 +238,8 @@ class Tally:
         family.add_metric(labels, buckets, self._sum)
 
 
-class _Tallies(Collector):
-    """What is counted in tallies."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        model = self._metrics.model
-        requests = CounterMetricFamily(
-            "model_requests",
-            "Requests to /predict, by status.",
-            labels=["model", "version", "code"],
-        )
-        for (version, status), count in self._metrics.requests.items():
-            requests.add_metric([model, version, str(status)], count)
-        yield requests
-        seconds = HistogramMetricFamily(
-            "model_request_duration_seconds",
-            "Time from the first byte of a request to /predict until its answer is ready.",
-            labels=["model"],
-        )
-        self._metrics.seconds.add_to(seconds, [model])
-        yield seconds
-        scores = HistogramMetricFamily(
-            "model_prediction_score",
-            "Scores of a classification: the probability of the last label of two, or of the "
-            "chosen one of more.",
-            labels=["model", "version"],
-        )
-        for version, tally in self._metrics.scores.items():
-            tally.add_to(scores, [model, version])
-        yield scores
-
-
 class _State(Collector):
-    """What is known without counting, read when metrics are."""
+    """What is kept elsewhere than in prometheus_client's metrics, read when they are."""
 
     def __init__(self, metrics: Metrics, log: Log) -> None:
         self._metrics = metrics
@@ -304,3 +269,27 @@ class _State(Collector):
         )
         failures.add_metric([model], self._log.ship_failures)
         yield failures
+        requests = CounterMetricFamily(
+            "model_requests",
+            "Requests to /predict, by status.",
+            labels=["model", "version", "code"],
+        )
+        for (version, status), count in self._metrics.requests.items():
+            requests.add_metric([model, version, str(status)], count)
+        yield requests
+        seconds = HistogramMetricFamily(
+            "model_request_duration_seconds",
+            "Time from the first byte of a request to /predict until its answer is ready.",
+            labels=["model"],
+        )
+        self._metrics.seconds.add_to(seconds, [model])
+        yield seconds
+        scores = HistogramMetricFamily(
+            "model_prediction_score",
+            "Scores of a classification: the probability of the last label of two, or of the "
+            "chosen one of more.",
+            labels=["model", "version"],
+        )
+        for version, tally in self._metrics.scores.items():
+            tally.add_to(scores, [model, version])
+        yield scores

@@ -14,11 +14,20 @@ from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, Protocol
 
 from driftmill.serving.access import Access, refuse
-from driftmill.serving.batches import RETRY
-from driftmill.serving.codec import JSON, RequestError
+from driftmill.serving.codec import CLOSE, JSON, RETRY, RequestError
 from driftmill.serving.exposition import merge
 from driftmill.serving.metrics import CONTENT_TYPE
-from driftmill.serving.server import ROUTES, App, Receive, Scope, Send, Server, ours
+from driftmill.serving.server import (
+    ROUTES,
+    App,
+    Receive,
+    Response,
+    Scope,
+    Send,
+    Server,
+    not_allowed,
+    ours,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +111,8 @@ class Mount:
         await answer(scope, receive, send)
 
     @property
-    def _ready(self) -> bool:
+    def ready(self) -> bool:
+        """Whether requests for all models are welcome."""
         return all(server.ready for server in self._servers.values())
 
     def _find(self, scope: Scope) -> tuple[App, Scope]:
@@ -135,7 +145,7 @@ class Mount:
                 who = next((server for server in servers if not server.alive), who)
             else:
                 who = next((server for server in servers if not server.ready), who)
-                if self._ready and self._siblings is not None and not self._siblings.others_ready:
+                if self.ready and self._siblings is not None and not self._siblings.others_ready:
                     why = {"status": "a worker has no version loaded"}
                     await self._send(send, json.dumps(why).encode(), JSON, 503)
                     return
@@ -144,9 +154,7 @@ class Mount:
     async def _list(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`GET /models`."""
         if scope["method"] not in _READS:
-            why = f"{_MODELS} takes {', '.join(_READS)}"
-            allowed = ((b"allow", ", ".join(_READS).encode()),)
-            await refuse(scope, send, RequestError(405, "method_not_allowed", why, headers=allowed))
+            await refuse(scope, send, not_allowed(_MODELS, _READS))
             return
         models = []
         for model, server in self._servers.items():
@@ -160,16 +168,13 @@ class Mount:
         return merge(("", s.metrics.render().decode()) for s in self._servers.values())
 
     async def _send(self, send: Send, body: bytes, kind: str, status: int = 200) -> None:
-        headers = [
-            (b"content-type", kind.encode()),
-            (b"content-length", str(len(body)).encode()),
-        ]
+        response = Response(status, body, [(b"content-type", kind.encode())])
         if status == 503:
-            headers.append(RETRY)
+            response.headers.append(RETRY)
         if self._first.draining:
-            headers.append((b"connection", b"close"))
-        await send({"type": "http.response.start", "status": status, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+            response.headers.append(CLOSE)
+        for message in response.messages():
+            await send(message)
 
     def _with_lifespan(self, send: Send) -> Send:
         async def around(message: MutableMapping[str, Any]) -> None:
@@ -188,7 +193,7 @@ class Mount:
             await self._access.start()
         if self._siblings is not None:
             self._siblings.answer(self._metrics)
-            await self._siblings.may_listen(lambda: self._ready)
+            await self._siblings.may_listen(lambda: self.ready)
 
     async def _stop(self) -> None:
         if self._access is not None:

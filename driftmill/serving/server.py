@@ -26,8 +26,16 @@ from typing import TYPE_CHECKING, Any
 from driftmill import rollout
 from driftmill.home import cores
 from driftmill.serving import arrow, open_inference
-from driftmill.serving.batches import RETRY, Batches, Waiting, too_late
-from driftmill.serving.codec import ARROW, JSON, RequestError, is_json, media_type
+from driftmill.serving.batches import Batches, Waiting, too_late
+from driftmill.serving.codec import (
+    ARROW,
+    CLOSE,
+    JSON,
+    RETRY,
+    RequestError,
+    is_json,
+    media_type,
+)
 from driftmill.serving.explain import Explainer
 from driftmill.serving.log import Label, Log, now_us
 from driftmill.serving.metrics import CONTENT_TYPE, Metrics
@@ -69,7 +77,6 @@ ROUTES = frozenset(_METHODS)
 _V2 = "/v2"
 _JSON = (b"content-type", b"application/json")
 _ARROW = (b"content-type", ARROW.encode())
-_CLOSE = (b"connection", b"close")
 _PATIENCE = b"x-request-timeout"
 _V2_MODEL = re.compile(
     r"/v2/models/(?P<model>[^/]+)(?:/versions/(?P<version>[^/]+))?(?:/(?P<rest>infer|ready))?/?"
@@ -102,6 +109,15 @@ class Response:
     status: int
     body: bytes
     headers: list[tuple[bytes, bytes]] = field(default_factory=lambda: [_JSON])
+
+    def messages(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """ASGI's, in the order in which they are sent."""
+        size = (b"content-length", str(len(self.body)).encode())
+        start = {"status": self.status, "headers": [*self.headers, size]}
+        return (
+            {"type": "http.response.start", **start},
+            {"type": "http.response.body", "body": self.body},
+        )
 
 
 class Server:
@@ -178,8 +194,8 @@ class Server:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request to a path that is `ours`."""
         path = scope["path"]
-        is_v2 = path not in _METHODS
-        asks = path == "/predict" or (is_v2 and path.endswith("/infer"))
+        v2 = path not in _METHODS
+        asks = path == "/predict" or (v2 and path.endswith("/infer"))
         started = time.perf_counter()
         request_id = ""
         version = why = ""
@@ -190,46 +206,35 @@ class Server:
         try:
             methods = _METHODS.get(path) or _v2_methods(path)
             if scope["method"] not in methods:
-                allowed = ", ".join(methods)
-                raise RequestError(
-                    405,
-                    "method_not_allowed",
-                    f"{path} takes {allowed}",
-                    headers=((b"allow", allowed.encode()),),
-                )
-            if asks:
+                raise not_allowed(path, methods)
+            if scope["method"] == "POST":
                 request = await self._receive(scope, receive)
                 request_id = request.id
                 request.span = span
-                answer = self._infer(scope, request) if is_v2 else self.predict(request)
+            if asks:
+                answer = self._infer(scope, request) if v2 else self.predict(request)
                 champion = self._serving().champion
                 if champion.codec.threaded:
                     wait = _most(champion.settings.timeout, request.patience)
                     answer = _while_connected(answer, receive, wait)
                 response, version = await answer
             elif path == "/feedback":
-                request = await self._receive(scope, receive)
-                request_id = request.id
                 response = self.feedback(request.body)
             elif path == "/explain":
-                request = await self._receive(scope, receive)
-                request_id = request.id
                 wait = _most(self._serving().champion.settings.timeout, request.patience)
                 explaining = self.explain(request)
                 response, version = await _while_connected(explaining, receive, wait)
             else:
-                response = self._get_v2(path) if is_v2 else self._get(path)
+                response = self._get_v2(path) if v2 else self._get(path)
         except RequestError as error:
-            content = json.dumps({"error": error.message}).encode() if is_v2 else error.body()
-            response = Response(error.status, content, [_JSON, *error.headers])
+            response = refusal(path, error)
             why = error.message
         finally:
             self._requests -= 1
         if request_id:
             response.headers.append((b"x-request-id", request_id.encode()))
-        response.headers.append((b"content-length", str(len(response.body)).encode()))
-        if self.draining and _CLOSE not in response.headers:
-            response.headers.append(_CLOSE)
+        if self.draining and CLOSE not in response.headers:
+            response.headers.append(CLOSE)
         if asks:
             self.metrics.request(version, response.status)
             self.metrics.seconds.observe(time.perf_counter() - started)
@@ -241,14 +246,8 @@ class Server:
         if response.status >= 400 or self.lines.every:
             seconds = time.perf_counter() - started
             self.lines.write(scope, response.status, seconds, request_id, version, why, span)
-        await send(
-            {
-                "type": "http.response.start",
-                "status": response.status,
-                "headers": response.headers,
-            }
-        )
-        await send({"type": "http.response.body", "body": response.body})
+        for message in response.messages():
+            await send(message)
 
     async def predict(self, request: Request, version: str | None = None) -> tuple[Response, str]:
         """The answer to a request for predictions, and the version that gave it.
@@ -305,10 +304,7 @@ class Server:
         """The answer to a request of `POST /explain`, and the version that it is about: the one
         that answers a prediction with the same id or key. Raises RequestError."""
         serving = self._serving()
-        model = serving.champion
-        if serving.role(request.key or request.id) == "challenger":
-            assert serving.challenger is not None
-            model = serving.challenger
+        model = serving.model(serving.role(request.key or request.id))
         body = await self.explainer.explain(model, request.body, request.kind)
         return Response(200, body, [_JSON, model.header]), model.version
 
@@ -386,7 +382,7 @@ class Server:
                 503,
                 "overloaded",
                 "Too many requests at once",
-                headers=(RETRY, _CLOSE),
+                headers=(RETRY, CLOSE),
             )
         limit = champion.settings.max_body_bytes
         message = await receive()
@@ -403,7 +399,7 @@ class Server:
                     408,
                     "body_timeout",
                     f"The body did not come within {BODY_TIMEOUT:.0f} s",
-                    headers=(_CLOSE,),
+                    headers=(CLOSE,),
                 ) from None
         if len(body) > limit:
             raise _too_large(limit)
@@ -468,7 +464,25 @@ class Server:
 
 def ours(path: str) -> bool:
     """Whether the handler answers a path."""
-    return path in _METHODS or path == _V2 or path.startswith(f"{_V2}/")
+    return path in _METHODS or is_v2(path)
+
+
+def is_v2(path: str) -> bool:
+    """Whether a path is the Open Inference Protocol's."""
+    return path == _V2 or path.startswith(f"{_V2}/")
+
+
+def not_allowed(path: str, methods: tuple[str, ...]) -> RequestError:
+    """The error (405) of a request whose path takes other methods."""
+    allowed = ", ".join(methods)
+    headers = ((b"allow", allowed.encode()),)
+    return RequestError(405, "method_not_allowed", f"{path} takes {allowed}", headers=headers)
+
+
+def refusal(path: str, error: RequestError) -> Response:
+    """The answer to a request that failed, in the shape that the path's protocol has."""
+    body = json.dumps({"error": error.message}).encode() if is_v2(path) else error.body()
+    return Response(error.status, body, [_JSON, *error.headers])
 
 
 def _flag(good: bool, body: dict[str, Any]) -> Response:
@@ -536,7 +550,7 @@ def _too_large(limit: int) -> RequestError:
         413,
         "body_too_large",
         f"The body may have at most {limit} bytes",
-        headers=(_CLOSE,),
+        headers=(CLOSE,),
     )
 
 

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 #: A version that did not load is tried again after this many seconds.
 LOAD_AGAIN = 10.0
+
+
+T = TypeVar("T")
 
 
 class ModelError(RuntimeError):
@@ -63,6 +66,8 @@ class Model:
         #: Requests that wait for it, and whether something will soon look at them.
         self.waiting: deque[Waiting] = deque()
         self.planned = False
+        #: How it does as a challenger.
+        self.watch = Watch(self.settings.canary.abort, self.settings.slo.latency_ms / 1000)
         #: Why it must not be asked any more.
         self.stopped = ""
 
@@ -76,26 +81,37 @@ class Model:
         """The one thread for what it predicts without answering."""
         return ThreadPoolExecutor(1, thread_name_prefix=f"aside-{self.version}")
 
-    @cached_property
-    def watch(self) -> Watch:
-        """How it does as a challenger."""
-        return Watch(self.settings.canary.abort, self.settings.slo.latency_ms / 1000)
-
     def run(self, records: Sequence[Any], keep: bool = True) -> tuple[np.ndarray, Sequence[Any]]:
         """Predict, as `Codec.run`. Raises ModelError where the model fails or gives no number."""
-        try:
-            output, kept = self.codec.run(self.bundle.session, records, keep)
-        # ONNX Runtime raises classes of its own, some of which derive from Exception only.
-        except Exception as error:
-            raise ModelError(f"{self.version} {self.stopped or f'failed: {error}'}") from error
-        if not np.isfinite(output).all():
-            raise ModelError(f"{self.version} answered NaN or infinity")
-        return output, kept
+        output, kept = self._call(self.codec.run, self.bundle.session, records, keep)
+        return self._finite(output), kept
+
+    def ask(self, *arrays: np.ndarray) -> np.ndarray:
+        """The output of arrays, as `Session.run`. Raises ModelError, as `run`."""
+        return self._finite(self._call(self.bundle.session.run, *arrays))
+
+    def gave_up(self) -> ModelError:
+        """The error of what is asked of it after `stop`."""
+        return ModelError(f"{self.version} {self.stopped}")
 
     def stop(self, reason: str) -> None:
         """Give up on it: what it computes just now ends at its next operator, with an error."""
         self.stopped = reason
         self.bundle.session.stop()
+
+    def _call(self, call: Callable[..., T], *arguments: Any) -> T:
+        try:
+            return call(*arguments)
+        # ONNX Runtime raises classes of its own, some of which derive from Exception only.
+        except Exception as error:
+            if self.stopped:
+                raise self.gave_up() from error
+            raise ModelError(f"{self.version} failed: {error}") from error
+
+    def _finite(self, output: np.ndarray) -> np.ndarray:
+        if not np.isfinite(output).all():
+            raise ModelError(f"{self.version} answered NaN or infinity")
+        return output
 
 
 @dataclass(frozen=True)
@@ -114,6 +130,13 @@ class Serving:
         if self.challenger is not None and share(key) < self.rollout.weight:
             return "challenger"
         return "champion"
+
+    def model(self, role: Role) -> Model:
+        """Who has a role: the champion, or for anything else the challenger."""
+        if role == "champion":
+            return self.champion
+        assert self.challenger is not None
+        return self.challenger
 
     def role_of(self, version: str) -> Role:
         """The role of a version that is asked for by name. Raises RequestError (404)."""
@@ -257,6 +280,9 @@ class Versions:
             logger.error("%s %s is refused: %s", self.model, challenger.version, reason)
             self._load_again = time.monotonic() + LOAD_AGAIN
             challenger = None
+        if challenger is not None and (before is None or challenger is not before.challenger):
+            rules = champion.settings
+            challenger.watch = Watch(rules.canary.abort, rules.slo.latency_ms / 1000)
         return Serving(newest, champion, challenger, tuple(refused))
 
     def _fetch(self, version: str) -> Bundle:

@@ -13,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from driftmill.serving import access as access_module
-from driftmill.serving.access import RIGHTS, Access, Rate
+from driftmill.serving import rate as rate_module
+from driftmill.serving.access import RIGHTS, Access
 from driftmill.serving.codec import RequestError
 from driftmill.serving.mount import Mount
+from driftmill.serving.rate import Rate
 from driftmill.serving.server import Server
 from driftmill.store import Store
 from tests.serving.test_server import not_found
@@ -249,7 +251,7 @@ def test_whoever_waits_as_told_is_let_in(rate: float, number: int) -> None:
 def test_the_rate_is_of_each_client_and_clients_are_not_kept_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(access_module, "CLIENTS", 10)
+    monkeypatch.setattr(rate_module, "CLIENTS", 10)
     limit = Rate(1)
     for client in range(100):
         assert not limit.wait(client, 0.0)

@@ -24,6 +24,7 @@ from driftmill.features import Signature
 from driftmill.serving import explain
 from driftmill.serving.explain import Background, explained, orders_of, sample
 from driftmill.serving.log import segments
+from driftmill.serving.versions import Model
 from driftmill.store import Store
 from tests.conftest import tiny_frame
 from tests.serving.pictures import picture, put_bundle, shades
@@ -402,7 +403,7 @@ def test_one_at_a_time_in_a_thread_of_its_own(
 ) -> None:
     promote(store, make_bundle(of=with_explain(tiny, rate=1000)))
     goes_on, asked_by, most, running_now = threading.Event(), set(), 0, 0
-    ask = explain._ask
+    ask = Model.ask
 
     def slow(*arguments: Any) -> np.ndarray:
         nonlocal most, running_now
@@ -413,7 +414,7 @@ def test_one_at_a_time_in_a_thread_of_its_own(
         running_now -= 1
         return ask(*arguments)
 
-    monkeypatch.setattr(explain, "_ask", slow)
+    monkeypatch.setattr(Model, "ask", slow)
 
     async def check() -> None:
         async with running(store, tmp_path) as (server, client):
@@ -450,13 +451,13 @@ def test_a_service_that_stops_does_not_wait_for_explanations(
     promote(store, make_bundle(of=with_explain(tiny, rate=1000, samples=100, background=1000)))
     monkeypatch.setattr(explain, "BATCH_ROWS", 1)  # hours, unless it is ended
     begun = threading.Event()
-    ask = explain._ask
+    ask = Model.ask
 
     def counted(*arguments: Any) -> np.ndarray:
         begun.set()
         return ask(*arguments)
 
-    monkeypatch.setattr(explain, "_ask", counted)
+    monkeypatch.setattr(Model, "ask", counted)
 
     async def check() -> None:
         async with running(store, tmp_path) as (_, client):
