@@ -23,14 +23,11 @@ Prints a table and writes `benchmarks/results/inference_log.json`.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import platform
-import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -46,14 +43,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow.parquet
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import models
+from benchmarks import models, wrk
+from benchmarks.rollouts import free_port
 from driftmill import bundle, contract, rollout
 from driftmill.home import cores
-from driftmill.serving.log import segments
 from driftmill.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -79,20 +75,11 @@ from services.tabular import Service, main
 main(Service, "services.tabular", "")
 """
 
-# What was measured comes out as one line of JSON.
 _WRK = """
 local file = io.open("%s", "rb")
 wrk.method, wrk.body = "POST", file:read("*a")
 wrk.headers["Content-Type"] = "application/json"
 file:close()
-done = function(summary, latency)
-  local e = summary.errors
-  print(string.format(
-    '{"answers": %%d, "seconds": %%f, "p50": %%f, "p99": %%f, "p999": %%f, "longest": %%f, ' ..
-    '"failed": %%d}', summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3,
-    latency:percentile(99) / 1e3, latency:percentile(99.9) / 1e3, latency.max / 1e3,
-    e.connect + e.read + e.write + e.status + e.timeout))
-end
 """
 
 
@@ -137,15 +124,13 @@ def publish(folder: Path) -> None:
         rollout.change(store, of.model, champion=manifest.version, by="benchmark")
     record = json.loads(frame[[c.name for c in sign.columns]].head(1).to_json(orient="records"))
     (folder / "body.json").write_text(json.dumps({"records": record}))
-    (folder / "load.lua").write_text(_WRK % (folder / "body.json"))
+    (folder / "load.lua").write_text(_WRK % (folder / "body.json") + wrk.DONE)
 
 
 @contextmanager
 def serving(way: str, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """A service that is ready; its URL and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     home = {
         "DRIFTMILL_HOME": str(folder / way),
         "DRIFTMILL_STORE": Store(folder / way / "store").uri,
@@ -184,20 +169,26 @@ def _ready(url: str) -> bool:
 
 
 def drive(
-    wrk: str, folder: Path, running: tuple[str, psutil.Process], connections: int, seconds: float
+    program: str,
+    folder: Path,
+    running: tuple[str, psutil.Process],
+    connections: int,
+    seconds: float,
 ) -> Load:
     """One round."""
     url, process = running
     before, waited = process.cpu_times(), _waited(process)
-    done = subprocess.run(
-        [wrk, "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "--timeout", "30s",
-         "-s", str(folder / "load.lua"), f"{url}/predict"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    found = wrk.run(program, folder / "load.lua", f"{url}/predict", connections, seconds)
     after = process.cpu_times()
-    found = re.search(r"^\{.*\}$", done.stdout, re.MULTILINE)
-    assert found is not None, done.stdout
-    load = Load(**json.loads(found[0]))
+    load = Load(
+        found["answers"],
+        found["seconds"],
+        found["p50"],
+        found["p99"],
+        found["p999"],
+        found["longest"],
+        found["failed"],
+    )
     used = after.user + after.system - before.user - before.system
     load.cpu = used * 1e6 / max(load.answers, 1)
     load.no_core = (_waited(process) - waited) / load.seconds
@@ -227,16 +218,9 @@ def disk(folder: Path) -> dict[str, float]:
     return {"p50_ms": statistics.median(took), "p99_ms": statistics.quantiles(took, n=100)[-1]}
 
 
-def logged(folder: Path, way: str) -> int:
-    """Rows in the log of one service."""
-    store = Store(folder / way / "store")
-    return sum(
-        pyarrow.parquet.read_metadata(io.BytesIO(store.read(key))).num_rows
-        for key in segments(store, models.payments()[0].model, "predictions")
-    )
-
-
-def measure(wrk: str, folder: Path, rounds: int, seconds: float, say: Any) -> list[dict[str, Any]]:
+def measure(
+    program: str, folder: Path, rounds: int, seconds: float, say: Any
+) -> list[dict[str, Any]]:
     """All rounds; a cell for each way and number of connections."""
     found: dict[tuple[str, int], list[Load]] = {}
     answers = dict.fromkeys(WAYS, 0)
@@ -244,15 +228,19 @@ def measure(wrk: str, folder: Path, rounds: int, seconds: float, say: Any) -> li
         say("the services start")
         running = {way: stack.enter_context(serving(way, folder)) for way in WAYS}
         for way in WAYS:
-            answers[way] += drive(wrk, folder, running[way], 4, 1).answers
+            answers[way] += drive(program, folder, running[way], 4, 1).answers
         for number in range(rounds):
             for connections in CONNECTIONS:
                 for way in WAYS:
                     say(f"round {number + 1} of {rounds}, {connections} connections, {way}")
-                    load = drive(wrk, folder, running[way], connections, seconds)
+                    load = drive(program, folder, running[way], connections, seconds)
                     found.setdefault((way, connections), []).append(load)
                     answers[way] += load.answers - load.failed
-    rows = {way: logged(folder, way) for way in WAYS if way != OFF}
+    rows = {
+        way: models.logged(Store(folder / way / "store"), models.payments()[0].model)
+        for way in WAYS
+        if way != OFF
+    }
     if missing := {
         way: answers[way] - count for way, count in rows.items() if count < answers[way]
     }:
@@ -318,8 +306,8 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: $TMPDIR")
     parser.add_argument("--output", type=Path, default=RESULT, help="JSON file to write")
     given = parser.parse_args()
-    wrk = shutil.which("wrk")
-    if wrk is None:
+    program = shutil.which("wrk")
+    if program is None:
         sys.exit("wrk is not installed; Debian: apt-get install wrk")
     with (
         tempfile.TemporaryDirectory(dir=given.folder) as temporary,
@@ -328,7 +316,7 @@ def main() -> int:
         folder = Path(temporary)
         publish(folder)
         took = disk(folder)
-        cells = measure(wrk, folder, given.rounds, given.seconds, status.update)
+        cells = measure(program, folder, given.rounds, given.seconds, status.update)
     show(cells, took)
     packages = ("msgspec", "onnxruntime", "pyarrow", "uvicorn", "uvloop")
     report = {

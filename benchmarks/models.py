@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import pyarrow.parquet
 
 from driftmill.contract import Contract, load
 
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
 
     from driftmill.bundle import Manifest
     from driftmill.features import Signature
+    from driftmill.store import Store
 
 FAMILIES = ("linear", "hist-gradient-boosting")
 
@@ -61,3 +65,13 @@ def write(family: str, folder: Path) -> tuple[Manifest, Pipeline]:
         data={},
     )
     return manifest, pipeline
+
+
+def logged(store: Store, model: str) -> int:
+    """Rows in a model's inference log, those of shadows included."""
+    from driftmill.serving.log import segments
+
+    return sum(
+        pyarrow.parquet.read_metadata(io.BytesIO(store.read(key))).num_rows
+        for key in segments(store, model, "predictions")
+    )

@@ -93,6 +93,13 @@ async def _copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> N
         target.close()
 
 
+def send(url: str, *options: str) -> subprocess.Popen[str]:
+    """Start to send from this machine: `benchmarks/load.py` with some options."""
+    command = [sys.executable, str(LOAD), url, *options]
+    environment = os.environ | {"PYTHONPATH": "."}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -164,13 +171,9 @@ class Laptop:
     def load(self, requests: int, connections: int) -> tuple[subprocess.Popen[str], list[str]]:
         """Start to send; the process, and the command that has it stop after the requests."""
         stop = self.folder / "stop"
-        command = [sys.executable, str(LOAD), f"http://127.0.0.1:{self.switch.port}"]
-        command += ["--requests", str(requests), "--connections", str(connections)]
-        environment = os.environ | {"PYTHONPATH": "."}
-        process = subprocess.Popen(
-            [*command, "--until", str(stop)], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        return process, ["touch", str(stop)]
+        options = ["--requests", str(requests), "--connections", str(connections)]
+        url = f"http://127.0.0.1:{self.switch.port}"
+        return send(url, *options, "--until", str(stop)), ["touch", str(stop)]
 
     def close(self) -> None:
         """End the processes."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -43,13 +42,6 @@ def expected(store: Path, version: str, record: dict[str, Any]) -> float:
     return score
 
 
-def send(url: str, *more: str) -> subprocess.Popen[str]:
-    """Start to send."""
-    command = [sys.executable, str(rollouts.LOAD), url, *more]
-    environment = os.environ | {"PYTHONPATH": "."}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-
-
 def counts(process: subprocess.Popen[str]) -> dict[str, Any]:
     """What became of what was sent."""
     output, _ = process.communicate()
@@ -66,11 +58,11 @@ def measure(place: rollouts.Laptop, requests: int, swaps: int, connections: int)
     apart = abs(scores[place.old] - scores[place.new])
     assert apart > 100 * load.TOLERANCE, "the two versions cannot be told apart"
     common = ["--connections", str(connections), "--expect", json.dumps(scores)]
-    steady = counts(send(url, "--requests", str(requests // 10), *common))
+    steady = counts(rollouts.send(url, "--requests", str(requests // 10), *common))
     if steady["failed"]:
         sys.exit(f"without a swap already: {steady['failed']}")
     stop = place.folder / "stop"
-    sending = send(url, "--requests", str(requests), "--until", str(stop), *common)
+    sending = rollouts.send(url, "--requests", str(requests), "--until", str(stop), *common)
     began = time.monotonic()
     # The rollout is polled: changes that come faster would be taken together.
     pace = max(requests / steady["requests_per_s"] / swaps, 1.2 * Serve().poll)

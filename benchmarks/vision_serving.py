@@ -23,10 +23,8 @@ import io
 import json
 import os
 import platform
-import re
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -44,15 +42,15 @@ import numpy as np
 import pandas as pd
 import PIL.Image
 import psutil
-import pyarrow.parquet
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
+from benchmarks import models, wrk
+from benchmarks.rollouts import free_port
 from driftmill import bundle, contract, features, rollout
 from driftmill.contract import Contract
 from driftmill.home import cores
-from driftmill.serving.log import segments
 from driftmill.store import Store
 from driftmill.vision import export, images, nets
 
@@ -77,7 +75,7 @@ PICTURES = 16
 TOLERANCE = 1e-3
 BOUNDARY = "picture"
 
-# One body after the other; what was measured comes out as one line of JSON.
+# One body after the other.
 WRK = """
 local bodies = {}
 for i = 1, %d do
@@ -90,12 +88,6 @@ wrk.headers["Content-Type"] = "multipart/form-data; boundary=%s"
 request = function()
   turn = turn %% #bodies + 1
   return wrk.format("POST", "/predict", nil, bodies[turn])
-end
-done = function(summary, latency, requests)
-  local e = summary.errors
-  print(string.format('{"answers": %%d, "seconds": %%f, "p50": %%f, "p99": %%f, "failed": %%d}',
-    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3,
-    latency:percentile(99) / 1e3, e.connect + e.read + e.write + e.status + e.timeout))
 end
 """
 
@@ -187,9 +179,7 @@ def publish(case: Case, folder: Path, files: list[bytes]) -> Contract:
 @contextmanager
 def serving(name: str, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
     """A service that is ready; its URL and its process."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     output = folder / f"{name}.log"
     environment = os.environ | {
         "BENCH_FOLDER": str(folder),
@@ -280,18 +270,6 @@ def processor_seconds(process: psutil.Process) -> float:
     return sum(t.user + t.system for t in times)
 
 
-def wrk(program: str, url: str, folder: Path, connections: int, seconds: float) -> Load:
-    """A round with wrk."""
-    done = subprocess.run(
-        [program, "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s",
-         "-s", str(folder / "load.lua"), url],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = re.search(r"^\{.*\}$", done.stdout, re.MULTILINE)
-    assert found is not None, done.stdout
-    return Load(**json.loads(found[0]))
-
-
 async def by_httpx(url: str, bodies: list[bytes], connections: int, seconds: float) -> Load:
     """A round with httpx, where there is no wrk."""
     took: list[float] = []
@@ -326,14 +304,15 @@ def measure(case: Case, rounds: int, seconds: float, say: Any) -> dict[str, Any]
         bodies = [form(file) for file in files]
         for i, body in enumerate(bodies, start=1):
             (folder / f"{i}.body").write_bytes(body)
-        (folder / "load.lua").write_text(WRK % (len(bodies), folder, BOUNDARY))
+        (folder / "load.lua").write_text(WRK % (len(bodies), folder, BOUNDARY) + wrk.DONE)
         program = shutil.which("wrk")
 
         def one(name: str, connections: int, length: float) -> Load:
             url, process = running[name]
             before = processor_seconds(process)
             if program is not None:
-                load = wrk(program, url, folder, connections, length)
+                found = wrk.run(program, folder / "load.lua", url, connections, length)
+                load = Load(*(found[n] for n in ("answers", "seconds", "p50", "p99", "failed")))
             else:
                 load = asyncio.run(by_httpx(url, bodies, connections, length))
             load.cpu = (processor_seconds(process) - before) * 1e3 / max(load.answers, 1)
@@ -355,7 +334,7 @@ def measure(case: Case, rounds: int, seconds: float, say: Any) -> dict[str, Any]
                     found.setdefault((name, connections), []).append(load)
                     answered += load.answers - load.failed if name == OURS else 0
         stack.close()
-        logged = _logged(Store(folder / "store"))
+        logged = models.logged(Store(folder / "store"), "bench")
         if logged < answered:
             raise SystemExit(f"{answered} answers and {logged} rows in the log")
     return {
@@ -368,14 +347,6 @@ def measure(case: Case, rounds: int, seconds: float, say: Any) -> dict[str, Any]
         "log_rows": logged,
         "cells": [_cell(name, c, loads) for (name, c), loads in found.items()],
     }
-
-
-def _logged(store: Store) -> int:
-    """Rows in our inference log."""
-    return sum(
-        pyarrow.parquet.read_metadata(io.BytesIO(store.read(key))).num_rows
-        for key in segments(store, "bench", "predictions")
-    )
 
 
 def _cell(name: str, connections: int, loads: list[Load]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from benchmarks import wrk
 from benchmarks.serving import catalogue
 from benchmarks.serving.catalogue import Records, Service
 from benchmarks.serving.model import Made
@@ -36,7 +36,7 @@ INSTALL = {
     "oha": "cargo install oha --locked; macOS: brew install oha",
 }
 
-# One body after the other; what was measured comes out as one line of JSON.
+# One body after the other.
 _WRK = """
 local requests, turn = {}, 0
 init = function()
@@ -48,14 +48,6 @@ end
 request = function()
   turn = turn %% #requests + 1
   return requests[turn]
-end
-done = function(summary, latency)
-  local e = summary.errors
-  print(string.format(
-    '{"answers": %%d, "seconds": %%f, "p50": %%f, "p99": %%f, "p999": %%f, "failed": %%d}',
-    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3,
-    latency:percentile(99) / 1e3, latency:percentile(99.9) / 1e3,
-    e.connect + e.read + e.write + e.status + e.timeout))
 end
 """
 
@@ -77,6 +69,8 @@ class Load:
     """Answers other than 2xx, and what had no answer."""
     cpu: float = 0.0
     """Of all processors that the service used, for one answer; 0 where there was none."""
+    unanswered: int = 0
+    """Of those that failed, the ones without an answer."""
 
     @property
     def rate(self) -> float:
@@ -322,24 +316,28 @@ def closed_loop(
         sent: bodies that are sent in turn.
         connections: kept open.
         seconds: how long.
-        script: of wrk; `%s` is the file with the bodies, one a line.
+        script: of wrk, without its end; `%s` is the file with the bodies, one a line.
     """
     with tempfile.TemporaryDirectory() as temporary:
         lines, lua = Path(temporary, "bodies"), Path(temporary, "load.lua")
         lines.write_bytes(b"\n".join(sent) + b"\n")
-        lua.write_text(script % json.dumps(str(lines)))
+        lua.write_text(script % json.dumps(str(lines)) + wrk.DONE)
         before = running.processor_seconds()
-        done = subprocess.run(
-            [find("wrk") or "wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "30s",
-             "-s", str(lua), running.url],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-    found = re.search(r"^\{.*\}$", done.stdout, re.MULTILINE)
-    if done.returncode or found is None:
-        raise ServiceError(f"wrk failed: {_last(done.stderr or done.stdout)}")
+        try:
+            found = wrk.run(find("wrk") or "wrk", lua, running.url, connections, seconds)
+        except wrk.WrkError as error:
+            raise ServiceError(f"wrk failed: {_last(str(error))}") from error
     # What it has not answered yet would disturb the next round: it is done once it answers this.
     running.ask(sent[0])
-    load = Load(**json.loads(found[0]))
+    load = Load(
+        found["answers"],
+        found["seconds"],
+        found["p50"],
+        found["p99"],
+        found["p999"],
+        found["failed"],
+        unanswered=found["unanswered"],
+    )
     if load.answers:
         load.cpu = 1e3 * (running.processor_seconds() - before) / load.answers
     return load

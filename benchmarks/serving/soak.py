@@ -57,14 +57,6 @@ request = function()
   bad = bad + 1
   return kinds[bad %% #kinds + 1](id, bodies[turn])
 end
-done = function(summary, latency)
-  local e = summary.errors -- those of status are told from /metrics
-  print(string.format(
-    '{"answers": %%d, "seconds": %%f, "p50": %%f, "p99": %%f, "p999": %%f, "failed": %%d}',
-    summary.requests, summary.duration / 1e6, latency:percentile(50) / 1e3,
-    latency:percentile(99) / 1e3, latency:percentile(99.9) / 1e3,
-    e.connect + e.read + e.write + e.timeout))
-end
 """
 
 
@@ -97,7 +89,7 @@ def soak(made: Made, envs: Path, requests: int, say: Callable[[str], None]) -> d
                 running, sent, CONNECTIONS, seconds, script(f"r{len(points)}-")
             )
             answers += load.answers
-            failed += load.failed
+            failed += load.unanswered  # those of a bad status are told from /metrics
             points.append({"answers": answers, "resident_mb": running.resident_mb()})
             say(f"soak: {answers:,} of {requests:,}, {points[-1]['resident_mb']:.0f} MB")
             for key in segments(store, NAME, "predictions")[:-1]:
